@@ -1,0 +1,1 @@
+"""Configuration: YAML files, presets and overrides, read into one checked set of values."""
