@@ -1,0 +1,1 @@
+"""Everything that prints or draws: the terminal, logs, metrics.csv, TensorBoard, plots."""

@@ -1,0 +1,68 @@
+"""A terminal in a few lines: what stands on it after control sequences have been obeyed."""
+
+import re
+import unicodedata
+
+_TOKEN = re.compile(r"\x1b\[(\??[\d;]*)([A-Za-z])|(\r|\n)|([^\x1b\r\n]+)")
+
+
+class Screen:
+    """Knows the sequences that a live display needs, and fails on any other.
+
+    Attributes:
+        lines: the text of every line, from the first one written.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.lines = [""]
+        self.shows_cursor = True
+        self._row = 0
+        self._column = 0
+
+    def feed(self, text: str) -> None:
+        """Obey what was written to the terminal."""
+        end = 0
+        for match in _TOKEN.finditer(text):
+            assert match.start() == end, f"not understood: {text[end : end + 20]!r}"
+            end = match.end()
+            argument, command, line_end, plain = match.groups()
+            if plain is not None:
+                self._write(plain)
+            elif line_end is not None:
+                self._move(line_end)
+            else:
+                self._obey(argument, command)
+        assert end == len(text), f"not understood: {text[end : end + 20]!r}"
+
+    def _move(self, line_end: str) -> None:
+        if line_end == "\r":
+            self._column = 0
+            return
+        self._row += 1
+        self._column = 0
+        if self._row == len(self.lines):
+            self.lines.append("")
+
+    def _obey(self, argument: str, command: str) -> None:
+        if command == "A":
+            self._row = max(0, self._row - int(argument or 1))
+        elif command == "K":
+            assert argument == "2"
+            self.lines[self._row] = ""
+        elif argument == "?25":
+            self.shows_cursor = command == "h"
+        else:
+            assert command == "m", f"not understood: {argument}{command}"
+
+    def _write(self, text: str) -> None:
+        for char in text:
+            if self._column == self.width:
+                self._move("\n")
+            line = self.lines[self._row].ljust(self._column)
+            self.lines[self._row] = line[: self._column] + char + line[self._column + 1 :]
+            self._column += 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+    def text(self) -> str:
+        """All lines, without blanks at their ends."""
+        return "\n".join(line.rstrip() for line in self.lines)
