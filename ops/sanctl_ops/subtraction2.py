@@ -1,0 +1,139 @@
+"""Differences between a window's centre in one tensor and its taps in another."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from sanctl_ops.checks import check_alike, check_image, check_window
+from sanctl_ops.window import Window, accumulation_dtype
+
+
+def subtraction2(
+    x1: Tensor,
+    x2: Tensor,
+    kernel_size: int,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    pad_mode: str = "reflect",
+) -> Tensor:
+    """Subtract the taps of every window in x2 from the window's centre in x1.
+
+    `out[n, c, j, i] = x1[n, c, centre(i)] - x2[n, c, nbr(i, j)]`, where nbr(i, j) is tap j of the
+    window at output pixel i and centre(i) its tap (K - 1) // 2 in both directions, which is the
+    output pixel itself for odd K, stride 1 and padding dilation * (K - 1) / 2. This is the relation
+    of pairwise self-attention (Zhao et al., CVPR 2020, section 3.1).
+
+    Args:
+        x1: (N, C, H, W), float16, bfloat16, float32 or float64, in any memory layout.
+        x2: like x1: same shape, dtype and device.
+        kernel_size: taps per side of the window, K.
+        stride: pixels between neighbouring windows.
+        padding: pixels added on each side of both tensors before the windows slide.
+        dilation: pixels between neighbouring taps.
+        pad_mode: "reflect" (without repeating the border pixel) or "zero".
+
+    Returns:
+        (N, C, K*K, P), contiguous; the P = Ho * Wo windows run row by row. The gradients of x1
+        and x2 are contiguous, too.
+
+    Raises:
+        ValueError: a tensor is not 4-d or of another type, shapes, dtypes or devices differ,
+            kernel_size, stride or dilation is below 1, padding is negative, pad_mode is unknown,
+            reflect padding is not smaller than the sides, or the window is larger than the padded
+            input.
+    """
+    check_image("x1", x1)
+    check_image("x2", x2)
+    if x1.shape != x2.shape:
+        raise ValueError(f"x1 {tuple(x1.shape)} and x2 {tuple(x2.shape)} differ in shape")
+    check_alike("x1", x1, "x2", x2)
+    check_window(Window(kernel_size, stride, padding, dilation, pad_mode), x1)
+    return _subtraction2(x1, x2, kernel_size, stride, padding, dilation, pad_mode)
+
+
+@torch.library.custom_op("sanctl::subtraction2", mutates_args=())
+def _subtraction2(
+    x1: Tensor,
+    x2: Tensor,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    pad_mode: str,
+) -> Tensor:
+    window = Window(kernel_size, stride, padding, dilation, pad_mode)
+    centre = window.centre_view(window.pad(x1))[:, :, None, None]
+    taps = window.views(window.pad(x2))
+    out = torch.empty(taps.shape, dtype=x1.dtype, device=x1.device)
+    torch.sub(centre, taps, out=out)
+    return out.flatten(-2).flatten(2, 3)
+
+
+@_subtraction2.register_fake
+def _(x1: Tensor, x2: Tensor, *args: Any) -> Tensor:
+    window = Window(*args)
+    batch, channels, height, width = x1.shape
+    out_height, out_width = window.output_size(height, width)
+    return x1.new_empty(batch, channels, window.taps, out_height * out_width)
+
+
+@torch.library.custom_op("sanctl::subtraction2_backward", mutates_args=())
+def _subtraction2_backward(
+    grad: Tensor,
+    height: int,
+    width: int,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    pad_mode: str,
+) -> tuple[Tensor, Tensor]:
+    window = Window(kernel_size, stride, padding, dilation, pad_mode)
+    accumulate = accumulation_dtype(grad.dtype)
+    taps = grad.unflatten(3, window.output_size(height, width))
+    planes = (*grad.shape[:2], *window.padded_size(height, width))
+    grad1 = torch.zeros(planes, dtype=accumulate, device=grad.device)
+    window.centre_view(grad1).copy_(taps.sum(2, dtype=accumulate))
+    grad2 = torch.zeros_like(grad1)
+    for view, tap in zip(window.tap_views(grad2), taps.unbind(2), strict=True):
+        view.sub_(tap)
+    return _finished(window.fold(grad1), grad), _finished(window.fold(grad2), grad)
+
+
+def _finished(grad: Tensor, like: Tensor) -> Tensor:
+    return grad.to(like.dtype).contiguous()
+
+
+@_subtraction2_backward.register_fake
+def _(grad: Tensor, height: int, width: int, *args: Any) -> tuple[Tensor, Tensor]:
+    shape = (*grad.shape[:2], height, width)
+    return grad.new_empty(shape), grad.new_empty(shape)
+
+
+def _save_geometry(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x1, _, *ctx.window = inputs
+    ctx.size = x1.shape[2:]
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad1, grad2 = _subtraction2_backward(grad, *ctx.size, *ctx.window)
+    return grad1, grad2, *[None] * len(ctx.window)
+
+
+_subtraction2.register_autograd(_differentiate, setup_context=_save_geometry)
+
+
+@register_flop_formula(torch.ops.sanctl.subtraction2)
+def _(*args: Any, out_shape: tuple[int, ...], **kwargs: Any) -> int:
+    """One subtraction for every element of the output."""
+    return math.prod(out_shape)
+
+
+@register_flop_formula(torch.ops.sanctl.subtraction2_backward)
+def _(grad_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    """Every element of the gradient is added once for x1 and once for x2."""
+    return 2 * math.prod(grad_shape)
