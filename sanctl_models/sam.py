@@ -1,0 +1,115 @@
+"""The self-attention module of SAN: weights from a K x K neighbourhood, applied to its values."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sanctl_models.checks import check_choice, check_kernel, check_width
+from sanctl_models.reflect import reflect_pad
+from sanctl_ops import aggregation, subtraction2
+
+PAIRWISE, PATCHWISE = 0, 1
+
+
+class SAM(nn.Module):
+    """Pairwise or patchwise self-attention over the K x K neighbourhood of every pixel.
+
+    Follows Zhao, Jia and Koltun, "Exploring Self-attention for Image Recognition" (CVPR 2020),
+    with the subtraction relation for pairwise attention (sections 3.1 and 4.1) and the
+    concatenation relation for patchwise attention (section 3.2). Borders are mirrored.
+
+    Args:
+        sa_type: 0 for pairwise, 1 for patchwise attention.
+        in_planes: channels of the input.
+        rel_planes: channels of query and key, from which the weights are made.
+        out_planes: channels of the values and of the output.
+        share_planes: channels of the values that share one weight; divides out_planes.
+        kernel_size: side K of the neighbourhood in pixels, odd.
+
+    Raises:
+        ValueError: sa_type is unknown, share_planes does not divide out_planes, or kernel_size is
+            even or below 1.
+    """
+
+    def __init__(
+        self,
+        sa_type: int,
+        in_planes: int,
+        rel_planes: int,
+        out_planes: int,
+        share_planes: int,
+        kernel_size: int,
+    ) -> None:
+        super().__init__()
+        check_choice("sa_type", sa_type, (PAIRWISE, PATCHWISE))
+        check_kernel("kernel_size", kernel_size)
+        check_width("out_planes", out_planes, share_planes, "sharing of weights")
+        self.sa_type = sa_type
+        self.kernel_size = kernel_size
+        self.padding = kernel_size // 2
+        self.conv1 = nn.Conv2d(in_planes, rel_planes, 1)
+        self.conv2 = nn.Conv2d(in_planes, rel_planes, 1)
+        self.conv3 = nn.Conv2d(in_planes, out_planes, 1)
+        weight_planes = out_planes // share_planes
+        taps = kernel_size * kernel_size
+        if sa_type == PAIRWISE:
+            self.conv_w = _weight_layers(rel_planes + 2, rel_planes, weight_planes)
+            self.conv_p = nn.Conv2d(2, 2, 1)
+        else:
+            self.conv_w = _weight_layers(
+                rel_planes * (taps + 1), weight_planes, taps * weight_planes
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, out_planes, H, W) for x (N, in_planes, H, W); H and W exceed K // 2."""
+        query, key, value = self.conv1(x), self.conv2(x), self.conv3(x)
+        if self.sa_type == PAIRWISE:
+            weights = self._pairwise_weights(query, key)
+        else:
+            weights = self._patchwise_weights(query, key)
+        # Autocast computes softmax in float32, and the operator takes one dtype.
+        weights = weights.to(value.dtype)
+        return aggregation(value, weights, self.kernel_size, padding=self.padding)
+
+    def _pairwise_weights(self, query: Tensor, key: Tensor) -> Tensor:
+        """Return softmax weights, (N, weight_planes, K*K, H*W)."""
+        position = self.conv_p(position_map(query)).expand(query.shape[0], -1, -1, -1)
+        # Joining planes is K*K times cheaper than joining the differences.
+        relation = subtraction2(
+            torch.cat((query, position), 1),
+            torch.cat((key, position), 1),
+            self.kernel_size,
+            padding=self.padding,
+        )
+        return self.conv_w(relation).softmax(2)
+
+    def _patchwise_weights(self, query: Tensor, key: Tensor) -> Tensor:
+        """Return weights straight from the whole patch, (N, weight_planes, K*K, H*W)."""
+        patch = F.unfold(reflect_pad(key, self.padding), self.kernel_size)
+        relation = torch.cat((query.flatten(2), patch), 1).unsqueeze(2)
+        taps = self.kernel_size * self.kernel_size
+        weights: Tensor = self.conv_w(relation)
+        return weights.view(query.shape[0], -1, taps, relation.shape[-1])
+
+
+def position_map(x: Tensor) -> Tensor:
+    """Return the coordinates of x's pixels, (1, 2, H, W), in x's dtype and on its device.
+
+    Channel 0 runs from -1 to 1 along the width, channel 1 along the height, both ends included.
+    """
+    height, width = x.shape[-2:]
+    columns = torch.linspace(-1, 1, width, dtype=x.dtype, device=x.device)
+    rows = torch.linspace(-1, 1, height, dtype=x.dtype, device=x.device)
+    grid = (columns.expand(height, width), rows.unsqueeze(1).expand(height, width))
+    return torch.stack(grid).unsqueeze(0)
+
+
+def _weight_layers(planes: int, hidden: int, out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.BatchNorm2d(planes),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(planes, hidden, 1, bias=False),
+        nn.BatchNorm2d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(hidden, out, 1),
+    )

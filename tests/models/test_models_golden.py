@@ -1,0 +1,116 @@
+"""Five networks against values that the published implementations gave in float64.
+
+golden.json holds, for each, every state_dict key with its shape, the parameter count, logits in
+both modes, the loss, the norm of every parameter's gradient and the running statistics.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sanctl_models import Network, build_model
+
+GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden.json").read_text())
+RELATIVE = 1e-8
+# Gradients that are zero in exact arithmetic (a bias before a batch norm or a softmax, or one that
+# a difference cancels) are sums of rounding errors, so they can only be held against the largest
+# gradient of the network: float64 rounds at 1e-16 of it, and the sums have some 1e4 terms. Of the
+# golden norms, those that are zero are at most 1.2e-15 of the largest, the others 1.3e-4 or more.
+ZERO_GRADIENT = 1e-12
+
+
+@dataclass
+class Run:
+    network: Network
+    keys: list[list[Any]]
+    train_logits: Tensor
+    train_loss: float
+    grad_norms: dict[str, float]
+    statistics: dict[str, list[float]]
+    eval_logits: Tensor
+
+
+def golden_tensor(index: int, key: str, like: Tensor) -> Tensor:
+    """Make the weight that the golden values were computed with."""
+    if not like.is_floating_point():
+        return like
+    drawn = np.random.RandomState(index).standard_normal(like.numel()).astype(np.float32)
+    r = drawn.astype(np.float64).reshape(like.shape)
+    if key.endswith("running_var"):
+        r = 1 + 0.2 * np.abs(r)
+    elif key.endswith("running_mean"):
+        r = 0.1 * r
+    elif r.ndim == 1:
+        r = 1 + 0.1 * r if key.endswith(".weight") else 0.1 * r
+    else:
+        r = r * np.sqrt(2 / np.prod(r.shape[1:])) * 0.7
+    return torch.from_numpy(r.astype(np.float32)).double()
+
+
+def run_golden(arch: dict[str, Any]) -> Run:
+    network = build_model(**arch).double()
+    keys = [[key, list(value.shape)] for key, value in network.state_dict().items()]
+    state = sorted(network.state_dict().items())
+    network.load_state_dict(
+        {key: golden_tensor(index, key, value) for index, (key, value) in enumerate(state)}
+    )
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    shape = (2, 1 if arch.get("grayscale") else 3, 128, 128)
+    drawn = np.random.RandomState(1234).standard_normal(shape).astype(np.float32)
+    images = torch.from_numpy(drawn).double()
+    train_logits = network(images)
+    loss = F.cross_entropy(train_logits, torch.tensor([0, 7]))
+    loss.backward()
+    statistics = {
+        key: [value.mean().item(), value.std().item()]
+        for key, value in network.state_dict().items()
+        if key.endswith(("running_mean", "running_var"))
+    }
+    gradients = {key: p.grad for key, p in network.named_parameters()}
+    norms = {key: g.norm().item() for key, g in gradients.items() if g is not None}
+    network.eval()
+    with torch.no_grad():
+        eval_logits = network(images)
+    return Run(network, keys, train_logits.detach(), loss.item(), norms, statistics, eval_logits)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_agrees_with_every_golden_value(name: str) -> None:
+    golden = GOLDEN[name]
+    run = run_golden(golden["arch"])
+    # In order, too: an optimizer's saved state counts parameters by their place.
+    assert run.keys == golden["keys"]
+    assert sum(p.numel() for p in run.network.parameters()) == golden["params"]
+    check_logits(run.train_logits, golden["train_logits"])
+    assert run.train_loss == pytest.approx(golden["train_loss"], rel=RELATIVE)
+    check_logits(run.eval_logits, golden["eval_logits"])
+    assert run.eval_logits.sum().item() == pytest.approx(golden["eval_sum"], rel=RELATIVE)
+    assert run.eval_logits.abs().max().item() == pytest.approx(golden["eval_absmax"], rel=RELATIVE)
+    assert run.statistics.keys() == golden["bn_after"].keys()
+    for key, values in golden["bn_after"].items():
+        assert run.statistics[key] == pytest.approx(values, rel=RELATIVE, abs=1e-15), key
+    check_gradients(run.grad_norms, golden["grad_norm"])
+
+
+def check_logits(logits: Tensor, golden: list[list[float]]) -> None:
+    expected = torch.tensor(golden, dtype=torch.float64)
+    torch.testing.assert_close(logits[:, :8], expected, rtol=RELATIVE, atol=0.0)
+
+
+def check_gradients(norms: dict[str, float], golden: dict[str, float]) -> None:
+    assert norms.keys() == golden.keys()
+    floor = ZERO_GRADIENT * max(golden.values())
+    for key, value in golden.items():
+        if value > floor:
+            assert norms[key] == pytest.approx(value, rel=RELATIVE), key
+        else:
+            assert norms[key] < floor, key
