@@ -1,0 +1,1 @@
+"""Datasets: their files, and the way from a file to a batch."""

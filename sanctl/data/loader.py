@@ -1,0 +1,154 @@
+"""Loaders: from a source's encoded images to batches of uint8 tensors, in worker processes.
+
+Batches are uint8 until they are on the device: a quarter of the bytes to hand over, and the
+conversion costs nothing there.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import default_collate
+
+from sanctl.config.schema import DataConfig
+from sanctl.data.decode import decode_image
+from sanctl.data.sampler import EpochSampler, Key, sample_seed
+from sanctl.data.source import ImageSource
+from sanctl.data.transforms import Transform, eval_transform, train_transform
+from sanctl.data.workers import Workers
+from sanctl.errors import UserError
+
+
+class Batch(NamedTuple):
+    """Images of one step: uint8 (N, C, H, W), their classes and their numbers: int64 (N,)."""
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    indices: torch.Tensor
+
+
+class BatchDataset:
+    """Makes one batch of a list of keys.
+
+    Args:
+        source: The encoded images.
+        transform: Applied to each image.
+        channels: 1 or 3.
+        seed: Of the random draws; None where the transform makes none.
+    """
+
+    def __init__(
+        self, source: ImageSource, transform: Transform, channels: int, seed: int | None
+    ) -> None:
+        self._source = source
+        self._transform = transform
+        self._channels = channels
+        self._seed = seed
+
+    def __getitem__(self, keys: list[Key]) -> Batch | UserError:
+        """The batch, or the error that names the image which cannot be read.
+
+        The error is returned, not raised, as `Workers` wants it.
+        """
+        indices = [index for _, index in keys]
+        try:
+            # Transforms draw from the default generator: it is lent to each sample with a seed of
+            # its own, and the process gets its own state back.
+            with _one_thread(), torch.random.fork_rng(devices=[]):
+                images = default_collate([self._image(*key) for key in keys])
+        except UserError as error:
+            return error
+        targets = torch.from_numpy(self._source.targets[indices])
+        return Batch(images, targets, torch.tensor(indices))
+
+    def _image(self, epoch: int, index: int) -> torch.Tensor:
+        pixels = decode_image(self._source.read(index), self._channels, self._source.name(index))
+        if self._seed is not None:
+            # torch.manual_seed would seed the devices as well.
+            torch.default_generator.manual_seed(sample_seed(self._seed, epoch, index))
+        return self._transform(torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Single images are too small to share: threads would wait for each other for longer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class TrainLoader:
+    """Batches of training images, epoch by epoch; `len()` is the steps of an epoch."""
+
+    def __init__(self, workers: Workers[list[Key], Batch], sampler: EpochSampler):
+        self._workers = workers
+        self._sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch.
+
+        Args:
+            epoch: Number of the epoch; with the seed it decides order and draws.
+            start_step: The steps before it are left out, without reading their images.
+
+        Raises:
+            UserError: An image cannot be read or decoded; the message names it.
+            SanctlError: A worker process died.
+        """
+        self._sampler.set(epoch, start_step)
+        return iter(self._workers)
+
+
+class EvalLoader:
+    """Batches of evaluation images, in the source's order, every one once."""
+
+    def __init__(self, workers: Workers[list[Key], Batch], steps: int) -> None:
+        self._workers = workers
+        self._steps = steps
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._workers)
+
+
+def train_loader(
+    source: ImageSource, data: DataConfig, *, batch_size: int, workers: int, seed: int
+) -> TrainLoader:
+    """A loader of randomly cropped and flipped images in random order.
+
+    Args:
+        source: The training split.
+        data: Gives the number of channels and the size.
+        batch_size: Images of a step; the last step of an epoch may have fewer.
+        workers: Processes that read and decode; 0 does so in this process.
+        seed: Not negative; order and draws follow from it.
+    """
+    dataset = BatchDataset(source, train_transform(data.image_size), data.in_chans, seed)
+    sampler = EpochSampler(len(source), batch_size, seed)
+    return TrainLoader(_start(dataset, sampler, workers), sampler)
+
+
+def eval_loader(
+    source: ImageSource, data: DataConfig, *, batch_size: int, workers: int
+) -> EvalLoader:
+    """A loader of resized and centrally cropped images in the source's order.
+
+    Arguments as those of `train_loader`.
+    """
+    transform = eval_transform(data.resize, data.image_size)
+    dataset = BatchDataset(source, transform, data.in_chans, seed=None)
+    sampler = EpochSampler(len(source), batch_size, seed=None)
+    return EvalLoader(_start(dataset, sampler, workers), len(sampler))
+
+
+def _start(dataset: BatchDataset, sampler: EpochSampler, workers: int) -> Workers[list[Key], Batch]:
+    return Workers(dataset.__getitem__, sampler, workers, pin_memory=torch.cuda.is_available())

@@ -1,0 +1,149 @@
+"""Work in several processes whose results come in order, no more of them than will be needed soon.
+
+It is torch's DataLoader that runs the processes: it hands tensors over in shared memory, and
+notices when a process dies.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+import cv2
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from sanctl.errors import SanctlError, UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_MOST_WORKERS = 16
+_FEW_ITEMS = 256  # fewer than this are done sooner than processes have started
+
+
+def worker_count(wanted: int | None, items: int) -> int:
+    """Return how many processes to use: as many as wanted, or what suits machine and work."""
+    if wanted is not None:
+        return wanted
+    if items < _FEW_ITEMS:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, _MOST_WORKERS)
+
+
+class Chunks(Sampler[list[int]]):
+    """The numbers 0..length-1 in lists of at most `size`."""
+
+    def __init__(self, length: int, size: int) -> None:
+        self._length = length
+        self._size = size
+
+    def __len__(self) -> int:
+        return -(-self._length // self._size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for begin in range(0, self._length, self._size):
+            yield list(range(begin, min(begin + self._size, self._length)))
+
+
+class Workers(Generic[Item, Result]):
+    """Applies a function to items, in processes that stay until this object goes.
+
+    Args:
+        function: Its results are sent between processes. An error that it expects is to be
+            returned; what it raises would arrive in another message with its traceback.
+        items: Iterated anew, in this process, by every iteration over this object.
+        count: Number of processes; 0 works in this one.
+        pin_memory: Puts tensors into memory from which a GPU copies faster.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Item], Result | UserError],
+        items: Sampler[Item],
+        count: int,
+        *,
+        pin_memory: bool = False,
+    ) -> None:
+        self._function = function
+        self._items = items
+        self._count = count
+        self._pin_memory = pin_memory
+        self._loader: DataLoader[Result | UserError] | None = None
+
+    def __iter__(self) -> Iterator[Result]:
+        """Yield the results in the order of the items.
+
+        Raises:
+            UserError: The function returned it.
+            SanctlError: A process died.
+        """
+        if self._loader is None:
+            self._loader = self._start()
+        try:
+            for result in self._loader:
+                if isinstance(result, UserError):
+                    raise result
+                yield result
+        except (Exception, KeyboardInterrupt) as error:
+            # The processes must go now: whoever keeps the error would keep them, and when a
+            # garbage collection ends them it waits seconds for each.
+            self._loader = None
+            if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+                raise SanctlError(
+                    f"a data worker died ({str(error).splitlines()[0]}); it may have run out of "
+                    "memory or of shared memory: try fewer workers"
+                ) from error.with_traceback(None)
+            raise
+
+    def _start(self) -> DataLoader[Result | UserError]:
+        return _QuietLoader(
+            _Function(self._function),
+            batch_size=None,  # an item of the sampler is the work of one call
+            sampler=self._items,
+            collate_fn=_unchanged,
+            num_workers=self._count,
+            pin_memory=self._pin_memory,
+            persistent_workers=self._count > 0,
+            worker_init_fn=_prepare,
+            generator=torch.Generator(),  # or every iteration would draw from the default one
+        )
+
+
+class _QuietLoader(DataLoader[Result]):
+    """Gives no advice to use fewer processes than asked for."""
+
+    def check_worker_number_rationality(self) -> None:
+        """Say nothing."""
+
+
+class _Function(Dataset[Result]):
+    """Makes a function look like a data set, which is what a DataLoader calls in its workers."""
+
+    def __init__(self, function: Callable[[Any], Result]) -> None:
+        self._function = function
+
+    def __getitem__(self, item: Any) -> Result:
+        return self._function(item)
+
+
+def _unchanged(result: Any) -> Any:
+    return result
+
+
+def _prepare(_: int) -> None:
+    # Ctrl-C reaches every process of the terminal; the main one ends its workers in good order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _report_unless_left
+    cv2.setNumThreads(0)
+
+
+def _report_unless_left(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Report what a thread of a worker failed on, unless the main process merely went away."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
