@@ -1,0 +1,1 @@
+"""Presets of datasets and models, which `sanctl config new` composes; installed under this name."""

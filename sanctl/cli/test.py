@@ -1,0 +1,125 @@
+"""`sanctl test`: score a checkpoint, overall and class by class."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from sanctl.config.schema import Config
+    from sanctl.engine.checkpoint import Checkpoint
+
+
+def test(
+    dataset: Annotated[
+        str | None, typer.Argument(help="Dataset; not needed for a checkpoint of sanctl.")
+    ] = None,
+    name: Annotated[str | None, typer.Argument(help="Network of the config file.")] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Checkpoint; default: the best of DATASET NAME."),
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--override",
+            "-o",
+            metavar="KEY=VALUE",
+            help="Set a key, as TEST.use_val_set=false; repeatable.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to write; default: the run's test/.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="cpu|cuda|cuda:N", help="Default: a GPU if there is one.")
+    ] = None,
+) -> None:
+    """Test a checkpoint: scores overall and by class, confusion matrix, the worst mistakes.
+
+    A checkpoint of sanctl carries its configuration: --checkpoint FILE is enough. A published one
+    does not: name DATASET and NAME too.
+    """
+    from sanctl.engine.checkpoint import load_checkpoint
+    from sanctl.engine.device import choose_device
+    from sanctl.engine.runfolder import RunFolder
+    from sanctl.errors import UserError
+
+    if dataset is not None and name is None:
+        raise UserError("name the network too: sanctl test DATASET NAME")
+    if dataset is None and checkpoint is None:
+        raise UserError("say what to test: --checkpoint FILE, or DATASET NAME")
+    saved = None if checkpoint is None else load_checkpoint(checkpoint)
+    config = _configuration(dataset, name, checkpoint, saved, override or [])
+    folder = RunFolder(config.run_dir)
+    path = checkpoint or Path(config.TEST.model_path or folder.best)
+    target = choose_device(device, config.TEST.test_gpu)
+    test_and_print(config, path, out or folder.test, target, saved)
+
+
+def _configuration(
+    dataset: str | None,
+    name: str | None,
+    checkpoint: Path | None,
+    saved: "Checkpoint | None",
+    overrides: list[str],
+) -> "Config":
+    """The configuration of DATASET NAME, or else the one in the checkpoint."""
+    from sanctl.config.load import parse_config, resolve_config
+    from sanctl.errors import UserError
+
+    if dataset is not None and name is not None:
+        return resolve_config(dataset, name, overrides).config
+    assert checkpoint is not None
+    assert saved is not None
+    if saved.config is None:
+        raise UserError(
+            f"{checkpoint}: carries no configuration; name its dataset and network: "
+            f"sanctl test DATASET NAME --checkpoint {checkpoint}"
+        )
+    return parse_config(saved.config, str(checkpoint), overrides)
+
+
+def test_and_print(
+    config: "Config",
+    path: Path,
+    folder: Path,
+    device: "torch.device",
+    saved: "Checkpoint | None" = None,
+) -> None:
+    """Test a checkpoint and print its scores.
+
+    Args:
+        config: how to build the network and where the images are.
+        path: the checkpoint's file.
+        folder: where the results go.
+        device: what to compute on.
+        saved: the checkpoint, if it has been read already.
+    """
+    from sanctl.engine.checkpoint import load_checkpoint
+    from sanctl.engine.testing import open_test_source, run_test
+    from sanctl.report.console import out, progress
+    from sanctl.report.tables import print_scores
+
+    saved = saved or load_checkpoint(path)
+    source, split = open_test_source(config)
+    with progress(f"test {split}", total=len(source)) as advance:
+        result = run_test(config, saved, path, source, split, folder, device, advance)
+    epoch = f" (epoch {result.epoch})" if result.epoch else ""
+    out.print(f"{path}{epoch} on {split} images:")
+    out.print()
+    print_scores(
+        result.overall,
+        [score for score in result.per_class if score.images],
+        folder / "per_class.csv",
+    )
+    out.print()
+    out.print(f"{result.mistakes} mistakes; the worst are drawn in {folder / 'mistakes.png'}")
+    out.print(
+        f"wrote per_class.csv, predictions.csv, confusion_matrix.png, mistakes.png to {folder}"
+    )
+
+
+test_and_print.__test__ = False  # type: ignore[attr-defined]  # pytest: not a test

@@ -1,0 +1,1 @@
+"""Training and testing: the loop, its steps, its state and its files."""

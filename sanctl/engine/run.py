@@ -1,0 +1,235 @@
+"""A run put together from its configuration: data, network, state, and where it goes on."""
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sanctl.config.load import LoadedConfig
+from sanctl.config.schema import Config
+from sanctl.data.loader import EvalLoader, TrainLoader, eval_loader, train_loader
+from sanctl.data.normalize import Normalizer
+from sanctl.data.source import ImageSource, open_source
+from sanctl.engine.checkpoint import Checkpoint, load_checkpoint
+from sanctl.engine.device import Precision, choose_device, describe_device, place, prepare_backends
+from sanctl.engine.resume import Start, find_start, require_continuable
+from sanctl.engine.runfolder import RunFolder
+from sanctl.engine.state import TrainState, load_weights
+from sanctl.engine.steps import Forward, InputPipe
+from sanctl.errors import UserError
+from sanctl.report.records import RunInfo
+from sanctl_models import build_model, min_input_size
+
+NETWORK_KEYS = (
+    "model",
+    "arch",
+    "layers",
+    "layer_types",
+    "sa_type",
+    "widths",
+    "kernels",
+    "added_nl_blocks",
+)
+
+
+@dataclass
+class Run:
+    """Everything that training needs.
+
+    Attributes:
+        config: resolved, with the seed that the run uses.
+        dataset, name: what the user called them.
+        folder: where the run writes.
+        classes: class names by index.
+        device, precision: what it computes on, and in which arithmetic.
+        state: what training changes.
+        forward: the network, compiled or not.
+        pipe: brings batches to the device.
+        train, train_images: the training batches, and of how many images.
+        val, val_images: the same for validation; None and 0 where the run does not evaluate.
+        notes: what the user should know before it starts.
+    """
+
+    config: Config
+    dataset: str
+    name: str
+    folder: RunFolder
+    classes: list[str]
+    device: torch.device
+    precision: Precision
+    state: TrainState
+    forward: Forward
+    pipe: InputPipe
+    train: TrainLoader
+    train_images: int
+    val: EvalLoader | None
+    val_images: int
+    notes: list[str]
+
+    @property
+    def seed(self) -> int:
+        """The seed of weights, order and augmentation."""
+        assert self.config.TRAIN.manual_seed is not None
+        return self.config.TRAIN.manual_seed
+
+    def checkpoint(self, scores: dict[str, float]) -> Checkpoint:
+        """The state with all that a test or a resumed run needs beside it."""
+        checkpoint = self.state.checkpoint()
+        checkpoint.scores = scores
+        checkpoint.config = self.config.model_dump()
+        checkpoint.classes = self.classes
+        checkpoint.dataset, checkpoint.name = self.dataset, self.name
+        return checkpoint
+
+    def info(self) -> RunInfo:
+        """What the reporters tell about the run."""
+        train = self.config.TRAIN
+        return RunInfo(
+            dataset=self.dataset,
+            name=self.name,
+            network=train.model or str(train.arch),
+            parameters=sum(p.numel() for p in self.state.model.parameters()),
+            classes=len(self.classes),
+            train_images=self.train_images,
+            val_images=self.val_images,
+            device=describe_device(self.device),
+            precision=str(self.precision),
+            epochs=train.epochs,
+            first_epoch=self.state.epoch + 1,
+            steps_per_epoch=len(self.train),
+            batch_size=train.batch_size,
+            run_folder=self.folder.root,
+        )
+
+
+def open_run(loaded: LoadedConfig, *, device: str | None, resume: str | None) -> Run:
+    """Put a run together without writing anything.
+
+    Args:
+        loaded: the configuration, its dataset and name.
+        device: cpu, cuda, cuda:N, or None to choose.
+        resume: a checkpoint's path, "auto" for the newest of the run's folder, or None for what
+            TRAIN.resume says.
+
+    Raises:
+        UserError: data, configuration or checkpoint do not fit.
+    """
+    notes = list(loaded.notes)
+    folder = RunFolder(loaded.run_dir)
+    start = find_start(folder, resume or loaded.config.TRAIN.resume, notes)
+    config = _with_seed(loaded.config, start, notes)
+    target = choose_device(device, config.TRAIN.train_gpu)
+    precision = Precision.choose(config.TRAIN.amp, target)
+    if config.TRAIN.amp and precision.autocast_dtype is None:
+        notes.append("TRAIN.amp has no effect on a CPU: training in float32")
+
+    train_source = open_source(config.DATA, "train")
+    val_source = open_source(config.DATA, "val") if config.TRAIN.evaluate else None
+    _require_same_classes(train_source, val_source)
+    train = _open_train(config, train_source)
+    if start is not None:
+        require_continuable(start, config, train_source.classes, len(train))
+    state = _open_state(config, target, precision, start)
+    return Run(
+        config=config,
+        dataset=loaded.dataset,
+        name=loaded.name,
+        folder=folder,
+        classes=train_source.classes,
+        device=target,
+        precision=precision,
+        state=state,
+        forward=torch.compile(state.model) if config.TRAIN.compile else state.model,
+        pipe=input_pipe(config, target),
+        train=train,
+        train_images=len(train_source),
+        val=_open_val(config, val_source),
+        val_images=0 if val_source is None else len(val_source),
+        notes=notes,
+    )
+
+
+def build_network(config: Config) -> nn.Module:
+    """Build the network of a configuration, on the CPU.
+
+    Raises:
+        UserError: its keys do not describe a network, or the images are too small for it.
+    """
+    keys = {key: getattr(config.TRAIN, key) for key in NETWORK_KEYS}
+    try:
+        model = build_model(
+            **keys, classes=config.DATA.classes, grayscale=config.DATA.in_chans == 1
+        )
+    except ValueError as error:
+        raise UserError(f"TRAIN: {error}") from None
+    smallest = min_input_size(model)
+    if config.DATA.image_size < smallest:
+        raise UserError(
+            f"DATA.image_size {config.DATA.image_size}: this network needs at least {smallest} px; "
+            "raise it, or use smaller TRAIN.kernels"
+        )
+    return model
+
+
+def input_pipe(config: Config, device: torch.device) -> InputPipe:
+    """The way from batches to the network's input."""
+    normalizer = Normalizer(config.DATA.mean, config.DATA.std)
+    return InputPipe(normalizer, device, config.TRAIN.channels_last)
+
+
+def _with_seed(config: Config, start: Start | None, notes: list[str]) -> Config:
+    """Settle the seed: the configuration's, the interrupted run's, or a new one."""
+    if config.TRAIN.manual_seed is not None:
+        return config
+    seed = None if start is None else start.setting("manual_seed")
+    if seed is None:
+        seed = secrets.randbelow(2**31)
+        notes.append(f"seed {seed} (to repeat the run: -o TRAIN.manual_seed={seed})")
+    return config.model_copy(
+        update={"TRAIN": config.TRAIN.model_copy(update={"manual_seed": seed})}
+    )
+
+
+def _open_state(
+    config: Config, device: torch.device, precision: Precision, start: Start | None
+) -> TrainState:
+    """The network and its optimiser: fresh, from initial weights, or from a checkpoint."""
+    prepare_backends(config.TRAIN, device)
+    model = place(build_network(config), device, config.TRAIN.channels_last)
+    if start is None and config.TRAIN.weight:
+        path = Path(config.TRAIN.weight)
+        load_weights(model, load_checkpoint(path).weights(), path, head=config.TRAIN.weight_head)
+    state = TrainState(model, config.TRAIN, precision)
+    if start is not None:
+        state.restore(start.checkpoint, start.path)
+    return state
+
+
+def _require_same_classes(train: ImageSource, val: ImageSource | None) -> None:
+    if val is None or train.classes == val.classes:
+        return
+    different = sorted(set(train.classes) ^ set(val.classes)) or ["their order"]
+    raise UserError(
+        f"training and validation images have different classes: {', '.join(different[:5])}"
+    )
+
+
+def _open_train(config: Config, source: ImageSource) -> TrainLoader:
+    train = config.TRAIN
+    assert train.manual_seed is not None
+    return train_loader(
+        source,
+        config.DATA,
+        batch_size=train.batch_size,
+        workers=train.workers,
+        seed=train.manual_seed,
+    )
+
+
+def _open_val(config: Config, source: ImageSource | None) -> EvalLoader | None:
+    if source is None:
+        return None
+    train = config.TRAIN
+    return eval_loader(source, config.DATA, batch_size=train.batch_size_val, workers=train.workers)

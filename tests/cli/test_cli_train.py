@@ -1,0 +1,150 @@
+import re
+import shlex
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from tiny_run import Place, write_dataset
+
+from sanctl.engine.checkpoint import load_checkpoint
+
+FAST = ("-o", "TRAIN.epochs=1", "-o", "TRAIN.workers=0")
+
+
+def one_line(err: str) -> str:
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_training_tests_its_best_checkpoint_at_the_end(place: Place) -> None:
+    status, out, _ = place.main("train", "shapes", "tiny", "-o", "TRAIN.epochs=2")
+    assert status == 0
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", out)  # no control characters in a pipe
+    best = load_checkpoint(place.model / "model_best.pth")
+    epochs = [line for line in out.splitlines() if line.startswith("epoch ")]
+    assert [line.split()[1] for line in epochs] == ["epoch=1", "epoch=2"]
+    assert sum(line.startswith("train ") for line in out.splitlines()) == 2 * 3  # print_freq 2
+    assert f"exp/shapes/tiny/model/model_best.pth (epoch {best.epoch}) on val images:" in out
+    table = pd.read_csv(place.run / "test" / "per_class.csv")
+    correct = (table.top1 * table.images).sum() / table.images.sum()
+    assert correct == pytest.approx(best.scores["top1_val"])
+    for name in ("config.yaml", "env.json", "metrics.csv", "train.log"):
+        assert (place.run / name).stat().st_size > 0
+    assert list((place.run / "plots").glob("*.png"))
+
+
+def test_no_test_leaves_it_out(place: Place) -> None:
+    status, out, _ = place.main("train", "shapes", "tiny", *FAST, "--no-test")
+    assert status == 0
+    assert "on val images" not in out
+    assert not (place.run / "test").exists()
+
+
+def test_without_a_best_the_newest_checkpoint_is_tested(place: Place) -> None:
+    options = ("-o", "TRAIN.evaluate=false", "-o", "TEST.use_val_set=false")
+    status, out, _ = place.main("train", "shapes", "tiny", *FAST, *options)
+    assert status == 0
+    assert "train_epoch_1.pth (epoch 1) on test images:" in out
+
+
+def test_a_dry_run_says_what_would_run_and_writes_nothing(place: Place) -> None:
+    before = set(place.folder.rglob("*"))
+    status, out, err = place.main("train", "shapes", "tiny", *FAST, "--dry-run")
+    assert (status, err) == (0, "")
+    for pattern in (r"train images +18", r"val images +12", r"run folder +exp/shapes/tiny"):
+        assert re.search(pattern, out)
+    assert set(place.folder.rglob("*")) == before
+
+
+def test_a_run_is_not_written_over(place: Place) -> None:
+    assert place.main("train", "shapes", "tiny", *FAST, "--no-test")[0] == 0
+    status, out, err = place.main("train", "shapes", "tiny", *FAST, "--no-test")
+    assert (status, out) == (2, "")
+    line = one_line(err)
+    assert "exp/shapes/tiny" in line
+    assert "--resume auto" in line
+    status, out, _ = place.main("train", "shapes", "tiny", *FAST, "--resume", "auto")
+    assert status == 0
+    assert "nothing left to train: epoch 1" in out
+    assert "on val images" in out
+
+
+def test_a_loss_that_is_not_finite(place: Place) -> None:
+    status, _, err = place.main("train", "shapes", "tiny", "-o", "TRAIN.base_lr=1e20")
+    assert status == 1
+    line = one_line(err)
+    assert re.search(r"the loss is (nan|inf) at epoch 1, step \d+, learning rate 1e\+20", line)
+    assert not list(place.model.iterdir())
+    assert not (place.run / "test").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_truncated_jpeg_in_the_middle_of_training(
+    place: Place, tmp_path: Path, workers: int
+) -> None:
+    root = write_dataset(tmp_path / "data")
+    path = root / "train" / "cross" / "9.jpg"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    assert cv2.imwrite(str(path), noise)
+    path.write_bytes(path.read_bytes()[:900])
+    options = ("-o", f"DATA.data_root={root}", "-o", f"TRAIN.workers={workers}")
+    status, _, err = place.main("train", "shapes", "tiny", *options)
+    assert status == 2
+    assert str(path) in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("DATA.data_root=nowhere", "nowhere"),
+        ("DATA.classes=4", "DATA.classes: 3"),
+        ("TRAIN.epoch=3", "TRAIN.epochs"),
+        ("DATA.image_size=4", "DATA.image_size 4"),
+        ("TRAIN.weight=nowhere.pth", "nowhere.pth"),
+        ("TRAIN.resume=nowhere.pth", "nowhere.pth"),
+        ("TRAIN.widths=[32, 33, 64]", "33"),
+    ],
+)
+def test_a_wrong_value_is_one_line(place: Place, option: str, words: str) -> None:
+    status, out, err = place.main("train", "shapes", "tiny", "-o", option)
+    assert (status, out) == (2, "")
+    assert words in one_line(err)
+    assert not place.run.exists()
+
+
+@pytest.mark.parametrize("path", ["nowhere.pth", "config", "config/shapes/shapes_tiny.yaml"])
+def test_a_checkpoint_that_cannot_be_resumed_is_one_line(place: Place, path: str) -> None:
+    status, _, err = place.main("train", "shapes", "tiny", "--resume", path)
+    assert status == 2
+    assert path in one_line(err)
+
+
+def test_the_command_to_go_on_repeats_the_options() -> None:
+    from sanctl.cli.train import _command_to_go_on
+
+    command = _command_to_go_on(
+        "shapes", "my net", ["TRAIN.save_path=a b", "TRAIN.epochs=2"], "cpu"
+    )
+    assert shlex.split(command) == [
+        "sanctl", "train", "shapes", "my net", "-o", "TRAIN.save_path=a b", "-o", "TRAIN.epochs=2",
+        "--device", "cpu", "--resume", "auto",
+    ]  # fmt: skip
+
+
+def test_a_full_disk_in_the_middle_of_a_run(place: Place) -> None:
+    """The epoch before is intact, and the run goes on from it once there is space."""
+    assert place.main("train", "shapes", "tiny", *FAST, "--no-test")[0] == 0
+    before = {path: path.read_bytes() for path in place.model.iterdir()}
+    options = ("-o", "TRAIN.epochs=2", "-o", "TRAIN.workers=0", "--no-test", "--resume", "auto")
+    limit = 50_000  # bytes that a file may have: less than a checkpoint, more than all else
+    assert min(len(content) for content in before.values()) > limit
+    done = place.sanctl("train", "shapes", "tiny", *options, largest_file=limit)
+    assert done.returncode == 1
+    line = one_line(done.stderr)
+    assert "cannot write exp/shapes/tiny/model/" in line
+    assert {path: path.read_bytes() for path in place.model.iterdir()} == before
+    assert place.main("train", "shapes", "tiny", *options)[0] == 0
+    assert pd.read_csv(place.run / "metrics.csv").epoch.tolist() == [1, 2]

@@ -1,0 +1,18 @@
+"""A tiny dataset and a user's folder, for the tests that train."""
+
+from pathlib import Path
+
+import pytest
+from tiny_run import Place, write_dataset
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset, which no test may change."""
+    return write_dataset(tmp_path_factory.mktemp("data") / "shapes")
+
+
+@pytest.fixture
+def place(tmp_path: Path, shapes: Path) -> Place:
+    """A folder with a configuration for it."""
+    return Place(tmp_path, shapes)
