@@ -20,7 +20,7 @@ from sanctl.engine.state import TrainState, load_weights
 from sanctl.engine.steps import Forward, InputPipe
 from sanctl.errors import UserError
 from sanctl.report.records import RunInfo
-from sanctl_models import build_model, min_input_size
+from sanctl_models import Network, build_model, min_input_size
 
 NETWORK_KEYS = (
     "model",
@@ -132,6 +132,7 @@ def open_run(loaded: LoadedConfig, *, device: str | None, resume: str | None) ->
     if start is not None:
         require_continuable(start, config, train_source.classes, len(train))
     state = _open_state(config, target, precision, start)
+    _require_images_to_normalise(config, state.model, len(train_source))
     return Run(
         config=config,
         dataset=loaded.dataset,
@@ -205,6 +206,29 @@ def _open_state(
     if start is not None:
         state.restore(start.checkpoint, start.path)
     return state
+
+
+@torch.no_grad()
+def _require_images_to_normalise(config: Config, model: nn.Module, images: int) -> None:
+    """Refuse a step of one image where the last feature maps are single pixels.
+
+    Batch normalisation has nothing to take a variance of there, and torch would say so at the end
+    of the first epoch.
+    """
+    train = config.TRAIN
+    sizes = {min(train.batch_size, images), images % train.batch_size} - {0}
+    parts = (part for size in sizes for part in torch.arange(size).chunk(train.accumulate))
+    if all(len(part) > 1 for part in parts):
+        return
+    assert isinstance(model, Network)
+    side = config.DATA.image_size
+    image = next(model.parameters()).new_zeros(1, config.DATA.in_chans, side, side)
+    if model.eval().feature_maps(image).shape[2:].numel() == 1:
+        raise UserError(
+            f"TRAIN.batch_size {train.batch_size}, TRAIN.accumulate {train.accumulate}: of "
+            f"{images} training images one would be normalised alone, which needs feature maps "
+            f"above 1 x 1 px (DATA.image_size {side}); choose another TRAIN.batch_size"
+        )
 
 
 def _require_same_classes(train: ImageSource, val: ImageSource | None) -> None:

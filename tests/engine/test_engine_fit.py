@@ -285,6 +285,16 @@ def test_an_image_too_small_for_the_kernels(place: Place) -> None:
         place.open("DATA.image_size=8")
 
 
+@pytest.mark.parametrize("setting", ["TRAIN.batch_size=17", "TRAIN.accumulate=4"])
+def test_a_single_image_that_cannot_be_normalised(place: Place, setting: str) -> None:
+    """18 images at 32 px, of which a ResNet leaves 1 x 1; torch would fail in mid-epoch."""
+    resnet = ["TRAIN.arch=resnet", "TRAIN.layers=[1,1,1,1]", "TRAIN.epochs=1"]
+    resnet += ["TRAIN.sa_type=", "TRAIN.widths=", "TRAIN.kernels="]
+    with pytest.raises(UserError, match=r"TRAIN\.batch_size .* normalised alone"):
+        place.open(*resnet, setting)
+    train(place, *resnet, setting, "DATA.image_size=64", "DATA.resize=64")
+
+
 def test_a_device_that_is_not_there(place: Place) -> None:
     from sanctl.engine.run import open_run
 
