@@ -47,7 +47,7 @@ def fit(run: Run, reporter: Reporter) -> RunSummary:
         while run.state.epoch < epochs:
             scores, timing = _train_epoch(run, reporter, stop)
             scores |= _evaluate_epoch(run, reporter, stop)
-            best = run.state.finish_epoch(scores.get("top1_val"))
+            best = run.state.finish_epoch(_ranked_score(scores, reporter))
             # Reported first: where a run dies between the two, the resumed one does the epoch
             # again and reports it again, while an epoch saved unreported would have no row.
             reporter.epoch_finished(EpochRecord(run.state.epoch, epochs, scores, best, timing))
@@ -120,11 +120,20 @@ def _evaluate_epoch(run: Run, reporter: Reporter, stop: StopRequest) -> Scores:
         reporter.evaluation_step(_step_record(run, epoch, step, steps, clock))
         if stop.pending:
             _save_and_stop(run, {})
-    scores = metrics.compute()
-    if not math.isfinite(scores["loss"]):
-        what = f"the validation loss is {scores['loss']}"
-        raise DivergedError(what, epoch, run.state.step, run.state.lr)
-    return {f"{name}_val": value for name, value in scores.items()}
+    return {f"{name}_val": value for name, value in metrics.compute().items()}
+
+
+def _ranked_score(scores: Scores, reporter: Reporter) -> float | None:
+    """The score by which an epoch may become the best; None where it has none that counts."""
+    if not math.isfinite(scores.get("loss_val", 0.0)):
+        # No reason to stop: after few or large steps the running statistics of batch
+        # normalisation, which only evaluation uses, may not have settled yet.
+        reporter.note(
+            f"epoch {scores['epoch']}: the validation loss is {scores['loss_val']}, so this epoch "
+            "cannot be the best"
+        )
+        return None
+    return scores.get("top1_val")
 
 
 def _step_record(

@@ -233,6 +233,21 @@ def test_weights_that_the_last_step_ruined_are_not_saved(place: Place, evaluate:
     assert list(place.model.iterdir()) == []
 
 
+def test_an_epoch_whose_validation_loss_is_not_finite_is_not_the_best(place: Place) -> None:
+    # Running statistics that evaluation alone uses, and that training never updates.
+    run = place.open("TRAIN.epochs=2")
+    for module in run.state.model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 0.0
+            assert module.running_mean is not None
+            module.running_mean.fill_(-3e38)  # ReLU lets this through
+    summary = fit(run, FilesOnly(run))
+    assert summary.best_epoch is None
+    assert not run.folder.best.exists()
+    assert not np.isfinite(pd.read_csv(run.folder.metrics)["loss_val"]).any()
+    assert len(run.folder.checkpoints()) == 2
+
+
 # Initial weights
 
 
