@@ -69,6 +69,9 @@ def main() -> NoReturn:
     A user's mistake exits with 2, a failure with 1, Ctrl-C with 130; each says one line on
     standard error. `--debug`, anywhere on the line, adds the traceback.
     """
+    # Read when torch is first imported. By default threads that wait for each other spin, which on
+    # a CPU shared with other programs slows training down several times.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # class names go beyond what ASCII can show
             stream.reconfigure(errors="backslashreplace")
