@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from sanctl.cli import config, dataset
+from sanctl.cli.arguments import Device
 from sanctl.cli.test import test
 from sanctl.cli.train import train
 from sanctl.errors import UserError
@@ -38,9 +39,7 @@ def demo(
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Folder to work in; made when missing.")
     ] = Path("demo"),
-    device: Annotated[
-        str | None, typer.Option(metavar="cpu|cuda", help="Default: a GPU if there is one.")
-    ] = None,
+    device: Device = None,
 ) -> None:
     """Draw sketches, then index, split, pack, configure, train and test; two minutes on a CPU.
 

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sanctl.cli.arguments import Device, Overrides
+
 if TYPE_CHECKING:
     import torch
 
@@ -14,28 +16,21 @@ if TYPE_CHECKING:
 
 def test(
     dataset: Annotated[
-        str | None, typer.Argument(help="Dataset; not needed for a checkpoint of sanctl.")
+        str | None,
+        typer.Argument(metavar="DATASET", help="Dataset; not needed for a checkpoint of sanctl."),
     ] = None,
-    name: Annotated[str | None, typer.Argument(help="Network of the config file.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Network of the config file.")
+    ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Checkpoint; default: the best of DATASET NAME."),
     ] = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--override",
-            "-o",
-            metavar="KEY=VALUE",
-            help="Set a key, as TEST.use_val_set=false; repeatable.",
-        ),
-    ] = None,
+    override: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where to write; default: the run's test/.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="cpu|cuda|cuda:N", help="Default: a GPU if there is one.")
-    ] = None,
+    device: Device = None,
 ) -> None:
     """Test a checkpoint: scores overall and by class, confusion matrix, the worst mistakes.
 

@@ -5,34 +5,31 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sanctl.cli.arguments import Device, Overrides
+
 if TYPE_CHECKING:
     from sanctl.engine.run import Run
     from sanctl.report.reporter import Reporter
 
 
 def train(
-    dataset: Annotated[str, typer.Argument(help="Dataset: the folder of the config file.")],
-    name: Annotated[
-        str, typer.Argument(help="Network: config/DATASET/DATASET_NAME.yaml, or a preset.")
+    dataset: Annotated[
+        str, typer.Argument(metavar="DATASET", help="Dataset: the folder of the config file.")
     ],
-    override: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--override",
-            "-o",
-            metavar="KEY=VALUE",
-            help="Set a key, as TRAIN.epochs=3; repeatable.",
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="Network: config/DATASET/DATASET_NAME.yaml, or a preset."
         ),
-    ] = None,
+    ],
+    override: Overrides = None,
     resume: Annotated[
         str | None,
         typer.Option(
             metavar="auto|PATH", help="Go on from the run's newest checkpoint, or from this one."
         ),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="cpu|cuda|cuda:N", help="Default: a GPU if there is one.")
-    ] = None,
+    device: Device = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, say what would run, and stop.")
     ] = False,

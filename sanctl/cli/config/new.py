@@ -5,15 +5,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sanctl.cli.arguments import Overrides
+
 if TYPE_CHECKING:
     from sanctl.config.new import DatasetFacts
 
 
 def new(
     dataset: Annotated[
-        str, typer.Argument(help="A dataset preset (`sanctl config list`), or your dataset's name.")
+        str,
+        typer.Argument(
+            metavar="DATASET",
+            help="A dataset preset (`sanctl config list`), or your dataset's name.",
+        ),
     ],
-    model: Annotated[str, typer.Argument(help="A model preset (`sanctl config list`).")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model preset (`sanctl config list`).")
+    ],
     data_root: Annotated[
         Path | None,
         typer.Option(help="Folder of the dataset; your own is looked for at dataset/DATASET."),
@@ -31,10 +39,7 @@ def new(
     out: Annotated[
         Path | None, typer.Option(help="The file; config/DATASET/DATASET_MODEL.yaml.")
     ] = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option("--override", "-o", metavar="KEY=VALUE", help="E.g. TRAIN.epochs=3."),
-    ] = None,
+    override: Overrides = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write a complete configuration file in which every key is explained.

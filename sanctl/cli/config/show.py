@@ -5,16 +5,18 @@ from typing import Annotated
 
 import typer
 
+from sanctl.cli.arguments import Overrides
+
 
 def show(
     dataset: Annotated[str, typer.Argument(metavar="DATASET|FILE", help="A dataset, or a file.")],
     name: Annotated[
-        str | None, typer.Argument(help="NAME of config/DATASET/DATASET_NAME.yaml, or a preset.")
+        str | None,
+        typer.Argument(
+            metavar="NAME", help="NAME of config/DATASET/DATASET_NAME.yaml, or a preset."
+        ),
     ] = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option("--override", "-o", metavar="KEY=VALUE", help="E.g. TRAIN.epochs=3."),
-    ] = None,
+    override: Overrides = None,
 ) -> None:
     """Show every value of a configuration and where it came from: default, file or override."""
     from sanctl.config.load import load_config, resolve_config

@@ -1,26 +1,18 @@
 """`sanctl dataset check`: damaged images, duplicates, and images in two parts."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
+
+from sanctl.cli.arguments import ImagesPath, Workers
 
 if TYPE_CHECKING:
     from sanctl.data.check import Copy, Findings
 
 
 def check(
-    path: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Dataset folder, index, pack or folder of class folders; default: the current "
-            "folder, or the only dataset in dataset/."
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=0, help="Processes; default: one per core, 0: this one alone."),
-    ] = None,
+    path: ImagesPath = None,
+    workers: Workers = None,
 ) -> None:
     """Read every image: name damaged ones, exact duplicates, and the same image in two parts.
 

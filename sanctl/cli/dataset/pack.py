@@ -5,22 +5,15 @@ from typing import Annotated
 
 import typer
 
+from sanctl.cli.arguments import IndexPath, Workers
+
 
 def pack(
-    path: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Dataset folder or index file; default: the current folder, or the only dataset "
-            "in dataset/."
-        ),
-    ] = None,
+    path: IndexPath = None,
     short_side: Annotated[
         int, typer.Option(min=1, help="Shrink larger images until the short side has these px.")
     ] = 256,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=0, help="Processes; default: one per core, 0: this one alone."),
-    ] = None,
+    workers: Workers = None,
 ) -> None:
     """Pack the images of each split into one file that training maps into memory.
 

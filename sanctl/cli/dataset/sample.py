@@ -5,15 +5,11 @@ from typing import Annotated
 
 import typer
 
+from sanctl.cli.arguments import IndexPath
+
 
 def sample(
-    path: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Dataset folder or index file; default: the current folder, or the only dataset "
-            "in dataset/."
-        ),
-    ] = None,
+    path: IndexPath = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="The index to write, as dataset/mini/data_init.pt."),

@@ -5,18 +5,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sanctl.cli.arguments import IndexPath
+
 if TYPE_CHECKING:
     from sanctl.data.index import ImageIndex
 
 
 def split(
-    path: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Dataset folder or index file; default: the current folder, or the only dataset "
-            "in dataset/."
-        ),
-    ] = None,
+    path: IndexPath = None,
     ratio: Annotated[
         list[float],
         typer.Option(

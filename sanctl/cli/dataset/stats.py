@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sanctl.cli.arguments import ImagesPath, Workers
+
 if TYPE_CHECKING:
     from sanctl.data.stats import PartStats, Spread
 
@@ -12,13 +14,7 @@ _SHOWN_CLASSES = 20
 
 
 def stats(
-    path: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Dataset folder, index, pack or folder of class folders; default: the current "
-            "folder, or the only dataset in dataset/."
-        ),
-    ] = None,
+    path: ImagesPath = None,
     grayscale: Annotated[
         bool, typer.Option("--grayscale", help="Measure the pixels as gray.")
     ] = False,
@@ -31,10 +27,7 @@ def stats(
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the images per class to a CSV file.")
     ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=0, help="Processes; default: one per core, 0: this one alone."),
-    ] = None,
+    workers: Workers = None,
 ) -> None:
     """Count classes, sizes and formats, and measure mean and deviation of the pixels."""
     from sanctl.data.parts import open_parts
