@@ -7,8 +7,10 @@ notices when a process dies.
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from types import TracebackType
+from contextlib import contextmanager
+from types import FrameType, TracebackType
 from typing import Any, Generic, TypeVar
 
 import cv2
@@ -81,10 +83,8 @@ class Workers(Generic[Item, Result]):
             UserError: The function returned it.
             SanctlError: A process died.
         """
-        if self._loader is None:
-            self._loader = self._start()
         try:
-            for result in self._loader:
+            for result in self._results():
                 if isinstance(result, UserError):
                     raise result
                 yield result
@@ -99,7 +99,13 @@ class Workers(Generic[Item, Result]):
                 ) from error.with_traceback(None)
             raise
 
-    def _start(self) -> DataLoader[Result | UserError]:
+    def _results(self) -> Iterator[Result | UserError]:
+        if self._loader is None:
+            self._loader = self._make_loader()
+        with _interrupt_held():
+            return iter(self._loader)  # the first time, this starts the processes
+
+    def _make_loader(self) -> DataLoader[Result | UserError]:
         return _QuietLoader(
             _Function(self._function),
             batch_size=None,  # an item of the sampler is the work of one call
@@ -111,6 +117,22 @@ class Workers(Generic[Item, Result]):
             worker_init_fn=_prepare,
             generator=torch.Generator(),  # or every iteration would draw from the default one
         )
+
+
+@contextmanager
+def _interrupt_held() -> Iterator[None]:
+    """Keep Ctrl-C waiting: while a process forks, Python would swallow what its handler raises."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are handled in the main thread alone
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if held and callable(handler):
+            handler(*held[0])
 
 
 class _QuietLoader(DataLoader[Result]):

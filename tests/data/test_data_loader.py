@@ -283,6 +283,19 @@ def test_ctrl_c_reaches_the_main_process_alone(folder: Path) -> None:
     assert not group_lives(process.pid)
 
 
+def test_ctrl_c_while_workers_start_is_not_lost(folder: Path) -> None:
+    """Python swallows what is raised in the hooks of a fork."""
+    at_fork = "import os, signal\nos.register_at_fork(before=lambda: signal.raise_signal(2))\n"
+    process = subprocess.run(
+        [sys.executable, "-c", at_fork + INTERRUPTED, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (process.stdout, process.stderr) == ("stopped\n", "")
+
+
 def group_lives(group: int) -> bool:
     try:
         os.killpg(group, 0)
