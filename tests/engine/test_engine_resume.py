@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import pytest
 import torch
 from tiny_run import FilesOnly, Place, ctrl_c_at, environment, write_dataset
@@ -365,22 +363,6 @@ def test_an_average_can_be_switched_on_and_off_on_resuming(place: Place) -> None
 
 
 # A run that fails half-way
-
-
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_truncated_image_in_the_middle_of_training(
-    place: Place, tmp_path: Path, workers: str
-) -> None:
-    root = write_dataset(tmp_path / "data")
-    path = root / "train" / "cross" / "9.jpg"
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
-    assert cv2.imwrite(str(path), noise)
-    path.write_bytes(path.read_bytes()[:900])
-    run = place.open(f"DATA.data_root={root}", f"TRAIN.workers={workers}")
-    with pytest.raises(UserError) as caught:
-        fit(run, FilesOnly(run))
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_run_that_dies_between_its_two_checkpoints_loses_nothing(
