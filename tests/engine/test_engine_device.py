@@ -1,3 +1,6 @@
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -30,6 +33,32 @@ def test_the_cpu_is_described_with_its_threads() -> None:
     assert describe_device(CPU) == f"CPU, {torch.get_num_threads()} thread" + (
         "s" if torch.get_num_threads() > 1 else ""
     )
+
+
+FAULTS = """
+import resource, torch
+from sanctl.engine.device import keep_freed_memory
+
+def page_faults(times):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        torch.ones(10_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+given_back = page_faults(5)
+keep_freed_memory()
+page_faults(5)
+print(given_back, page_faults(5))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_large_buffers_are_used_again() -> None:
+    command = [sys.executable, "-c", FAULTS]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    given_back, kept = map(int, result.stdout.split())
+    assert given_back >= 5 * 10  # 40 MB five times, in pages of 4 KiB or even of 2 MiB
+    assert kept < given_back / 10
 
 
 @pytest.mark.parametrize("name", ["tpu", "meta", "cuda:99", "cuda:x", ""])
