@@ -125,6 +125,9 @@ def open_run(loaded: LoadedConfig, *, device: str | None, resume: str | None) ->
     if config.TRAIN.amp and precision.autocast_dtype is None:
         notes.append("TRAIN.amp has no effect on a CPU: training in float32")
 
+    if target.type == "cuda" and len(config.TRAIN.train_gpu) > 1:
+        notes.append(f"TRAIN.train_gpu lists several GPUs, of which this run uses one: {target}")
+
     train_source = open_source(config.DATA, "train")
     val_source = open_source(config.DATA, "val") if config.TRAIN.evaluate else None
     _require_same_classes(train_source, val_source)
