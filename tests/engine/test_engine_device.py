@@ -45,10 +45,9 @@ def page_faults(times):
         torch.ones(10_000_000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-given_back = page_faults(5)
+given_back = page_faults(100)
 keep_freed_memory()
-page_faults(5)
-print(given_back, page_faults(5))
+print(given_back, page_faults(100))
 """
 
 
@@ -57,8 +56,9 @@ def test_large_buffers_are_used_again() -> None:
     command = [sys.executable, "-c", FAULTS]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     given_back, kept = map(int, result.stdout.split())
-    assert given_back >= 5 * 10  # 40 MB five times, in pages of 4 KiB or even of 2 MiB
-    assert kept < given_back / 10
+    # 40 MB a hundred times, in pages of 4 KiB or even of 2 MiB; kept, only the first few times.
+    assert given_back >= 100 * 10
+    assert kept < given_back / 4
 
 
 @pytest.mark.parametrize("name", ["tpu", "meta", "cuda:99", "cuda:x", ""])
