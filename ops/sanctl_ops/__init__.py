@@ -7,7 +7,17 @@ backward, without a graph break, and torch's FLOP counter knows them.
 """
 
 from sanctl_ops.aggregation import aggregation
+from sanctl_ops.backend import BackendError, Choice, choose_backend, requested_backend, set_backend
 from sanctl_ops.subtraction import subtraction
 from sanctl_ops.subtraction2 import subtraction2
 
-__all__ = ["aggregation", "subtraction", "subtraction2"]
+__all__ = [
+    "BackendError",
+    "Choice",
+    "aggregation",
+    "choose_backend",
+    "requested_backend",
+    "set_backend",
+    "subtraction",
+    "subtraction2",
+]
