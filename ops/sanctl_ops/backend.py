@@ -3,14 +3,19 @@
 import importlib
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 REQUESTS = ("auto", "cupy", "torch")
 VARIABLE = "SANCTL_OPS_BACKEND"
+CACHE_VARIABLE = "CUPY_CACHE_DIR"
 OLDEST_COMPUTE_CAPABILITY = (8, 0)
+CUPY_PACKAGES = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
+"""The packages that provide CuPy: the extras of sanctl, and the one built from source."""
 
 _logger = logging.getLogger("sanctl_ops")
 _requested: str | None = None
@@ -75,8 +80,8 @@ def choose_backend(device: torch.device) -> Choice:
     if obstacle is None:
         return Choice("cupy", "asked for" if request == "cupy" else "CuPy sees this GPU")
     if request == "cupy":
-        mend = f"; {obstacle.mend}" if obstacle.mend else ""
-        raise BackendError(f"the cupy backend cannot run: {obstacle.reason}{mend}")
+        mend = obstacle.mend or f"choose auto or torch with {VARIABLE}"
+        raise BackendError(f"the cupy backend cannot run: {obstacle.reason}; {mend}")
     return obstacle
 
 
@@ -87,14 +92,21 @@ def runs_kernels(device: torch.device) -> bool:
         BackendError: the kernels are asked for by name and cannot run there.
     """
     choice = choose_backend(device)
-    if device.type == "cuda" and choice.mend and choice.reason not in _told:
+    falls_back = choice.name == "torch" and requested_backend() == "auto"
+    if falls_back and device.type == "cuda" and choice.reason not in _told:
         _told.add(choice.reason)
-        _logger.warning(
-            "attention runs on torch formulas, not on the CuPy kernels: %s; %s",
-            choice.reason,
-            choice.mend,
-        )
+        because = "; ".join(filter(None, (choice.reason, choice.mend)))
+        _logger.warning("attention runs on torch formulas, not on the CuPy kernels: %s", because)
     return choice.name == "cupy"
+
+
+def installed_cupy() -> dict[str, str]:
+    """Return the version of every installed package that provides CuPy, by the package's name."""
+    found = {}
+    for package in CUPY_PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _known(name: str, what: str) -> str:
@@ -116,21 +128,40 @@ def _gpu_obstacle(index: int) -> Choice | None:
     if capability < OLDEST_COMPUTE_CAPABILITY:
         version = ".".join(map(str, capability))
         return Choice("torch", f"the kernels need compute capability 8.0, this GPU has {version}")
+    return _cupy_obstacle(index)
+
+
+def _cupy_obstacle(index: int) -> Choice | None:
     try:
         cupy = importlib.import_module("cupy")
         seen = cupy.cuda.runtime.getDeviceCount()
     # A broken CuPy raises whatever its libraries raise, ImportError being the usual one.
     except Exception as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "cupy"
-        first_line = str(error).strip().partition("\n")[0]
-        reason = "CuPy is not installed" if missing else f"CuPy fails: {first_line}"
-        return Choice("torch", reason, install_command())
+        reason = "CuPy is not installed" if missing else f"CuPy fails: {_cause(error)}"
+        # It makes the folder of its compiled kernels when it is imported.
+        no_folder = isinstance(error, OSError)
+        mend = f"set {CACHE_VARIABLE} to a folder that can be written" if no_folder else ""
+        return Choice("torch", reason, mend or install_command())
     if index >= seen:
-        return Choice("torch", f"CuPy sees {seen} GPUs, not cuda:{index}", install_command())
+        return Choice("torch", f"CuPy sees {seen} GPUs, not cuda:{index}")
     return None
 
 
+def _cause(error: BaseException) -> str:
+    """Return one line about an error, or about the first of those that led to it.
+
+    CuPy wraps the error of the library that it cannot load into a page of advice.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def install_command() -> str:
-    """Return the pip command that installs the CuPy built for torch's CUDA."""
+    """Return the command that installs the CuPy built for torch's CUDA, and nothing beside it."""
     major = (torch.version.cuda or "13").partition(".")[0]
-    return f"pip install 'sanctl[cuda{major}]'"
+    install = f"pip install 'sanctl[cuda{major}]'"
+    # pip would leave a broken one as it is, and one for another CUDA beside the new one.
+    present = " ".join(installed_cupy())
+    return f"pip uninstall -y {present} && {install}" if present else install
