@@ -10,6 +10,7 @@ from torch import nn
 
 from sanctl.config.schema import TrainConfig
 from sanctl.errors import UserError
+from sanctl_ops import BackendError, Choice, choose_backend
 
 # Parameters of glibc's mallopt (malloc.h), and a size in bytes above any activation's.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -24,8 +25,15 @@ def choose_device(name: str | None, gpus: list[int]) -> torch.device:
         gpus: the GPU numbers of the configuration, of which a single process takes the first.
 
     Raises:
-        UserError: the name is no device, or the machine does not have it.
+        UserError: the name is no device, the machine does not have it, or the backend of the
+            operators that is asked for by name cannot run there.
     """
+    device = _find_device(name, gpus)
+    operators_backend(device)
+    return device
+
+
+def _find_device(name: str | None, gpus: list[int]) -> torch.device:
     count = torch.cuda.device_count()
     if name is None:
         name = f"cuda:{min(gpus[0] if gpus else 0, count - 1)}" if count else "cpu"
@@ -38,6 +46,18 @@ def choose_device(name: str | None, gpus: list[int]) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: use cpu, cuda or cuda:N")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def operators_backend(device: torch.device) -> Choice:
+    """What runs the attention operators on a device, and why.
+
+    Raises:
+        UserError: SANCTL_OPS_BACKEND names no backend, or one that cannot run there.
+    """
+    try:
+        return choose_backend(device)
+    except BackendError as error:
+        raise UserError(str(error)) from None
 
 
 def describe_device(device: torch.device) -> str:

@@ -17,7 +17,9 @@ from sanctl import __version__
 from sanctl.config.load import config_to_yaml
 from sanctl.config.schema import Config
 from sanctl.data.atomic import atomic_write
+from sanctl.engine.device import operators_backend
 from sanctl.errors import UserError
+from sanctl_ops.backend import installed_cupy
 
 _NAME = re.compile(r"train_epoch_(\d+)(?:_step_(\d+))?\.pth")
 KEPT_CHECKPOINTS = 2
@@ -105,13 +107,17 @@ class RunFolder:
                 "another folder with -o TRAIN.save_path=FOLDER, or move the later ones away"
             )
 
-    def prepare(self, config: Config) -> None:
-        """Make the folder and write `config.yaml` (resolved) and `env.json`."""
+    def prepare(self, config: Config, device: torch.device) -> None:
+        """Make the folder and write `config.yaml` (resolved) and `env.json`.
+
+        Raises:
+            UserError: the operators' backend that is asked for by name cannot run on the device.
+        """
         self.model.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.root / "config.yaml") as file:
             file.write(config_to_yaml(config).encode())
         with atomic_write(self.root / "env.json") as file:
-            file.write(json.dumps(_environment(), indent=2).encode() + b"\n")
+            file.write(json.dumps(_environment(device), indent=2).encode() + b"\n")
 
 
 def _key(epoch: int, step: int | None) -> tuple[int, float]:
@@ -119,7 +125,8 @@ def _key(epoch: int, step: int | None) -> tuple[int, float]:
     return epoch, float("inf") if step is None else step
 
 
-def _environment() -> dict[str, object]:
+def _environment(device: torch.device) -> dict[str, object]:
+    backend = operators_backend(device)
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -131,7 +138,10 @@ def _environment() -> dict[str, object]:
         "torchvision": torchvision.__version__,
         "numpy": np.__version__,
         "cuda": torch.version.cuda,
+        "cupy": installed_cupy(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "device": str(device),
+        "operators": {"backend": backend.name, "reason": backend.reason},
     }
 
 

@@ -1,5 +1,7 @@
 import json
 import subprocess
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -95,12 +97,31 @@ def test_prepare_records_the_configuration_and_the_environment(
     monkeypatch.chdir(place.folder)
     loaded = place.load("TRAIN.epochs=2")
     folder = RunFolder(loaded.run_dir)
-    folder.prepare(loaded.config)
+    folder.prepare(loaded.config, torch.device("cpu"))
     assert load_config(folder.root / "config.yaml").config == loaded.config
     environment = json.loads((folder.root / "env.json").read_text())
     assert environment["torch"] == torch.__version__
     assert environment["git"] is None
     assert {"time", "command", "sanctl", "python", "platform", "cuda", "gpus"} <= set(environment)
+
+
+@pytest.mark.parametrize(
+    ("variable", "reason"),
+    [("auto", "the kernels need a CUDA device, not cpu"), ("torch", "asked for")],
+)
+def test_what_runs_the_operators_is_recorded(
+    place: Place, monkeypatch: pytest.MonkeyPatch, variable: str, reason: str
+) -> None:
+    monkeypatch.setenv("SANCTL_OPS_BACKEND", variable)
+    loaded = place.load()
+    folder = RunFolder(loaded.run_dir)
+    folder.prepare(loaded.config, torch.device("cpu"))
+    environment = json.loads((folder.root / "env.json").read_text())
+    assert environment["device"] == "cpu"
+    assert environment["operators"] == {"backend": "torch", "reason": reason}
+    names = environment["cupy"].keys()
+    assert all(version(name) == environment["cupy"][name] for name in names)
+    assert bool(names) == (find_spec("cupy") is not None)
 
 
 def test_the_commit_of_the_users_folder_is_recorded(
@@ -117,5 +138,5 @@ def test_the_commit_of_the_users_folder_is_recorded(
     ).stdout.strip()
     loaded = place.load()
     folder = RunFolder(loaded.run_dir)
-    folder.prepare(loaded.config)
+    folder.prepare(loaded.config, torch.device("cpu"))
     assert json.loads((folder.root / "env.json").read_text())["git"] == head
