@@ -95,12 +95,17 @@ def test_and_print(
     """
     from sanctl.engine.checkpoint import load_checkpoint
     from sanctl.engine.testing import open_test_source, run_test
-    from sanctl.report.console import out, progress
+    from sanctl.report.console import err, out, progress
+    from sanctl.report.lognotes import log_as_notes
     from sanctl.report.tables import print_scores
 
     saved = saved or load_checkpoint(path)
     source, split = open_test_source(config)
-    with progress(f"test {split}", total=len(source)) as advance:
+
+    def note(text: str) -> None:
+        err.print(f"note: {text}")
+
+    with progress(f"test {split}", total=len(source)) as advance, log_as_notes(note):
         result = run_test(config, saved, path, source, split, folder, device, advance)
     epoch = f" (epoch {result.epoch})" if result.epoch else ""
     out.print(f"{path}{epoch} on {split} images:")

@@ -13,6 +13,7 @@ from sanctl.engine.metrics import ClassificationMetrics
 from sanctl.engine.run import Run
 from sanctl.engine.steps import TrainStep, infer
 from sanctl.engine.watch import DivergedError, LossWatch, StepClock, is_finite
+from sanctl.report.lognotes import log_as_notes
 from sanctl.report.records import EpochRecord, RunSummary, StepRecord
 from sanctl.report.reporter import Reporter
 
@@ -41,9 +42,9 @@ def fit(run: Run, reporter: Reporter) -> RunSummary:
     if done >= epochs:
         reporter.note(f"nothing left to train: epoch {done} is done, TRAIN.epochs is {epochs}")
         return _summary(run, started)
-    run.folder.prepare(run.config)
+    run.folder.prepare(run.config, run.device)
     reporter.run_started(run.info())
-    with StopRequest() as stop:
+    with log_as_notes(reporter.note), StopRequest() as stop:
         while run.state.epoch < epochs:
             scores, timing = _train_epoch(run, reporter, stop)
             scores |= _evaluate_epoch(run, reporter, stop)

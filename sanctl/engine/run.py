@@ -19,6 +19,7 @@ from sanctl.engine.runfolder import RunFolder
 from sanctl.engine.state import TrainState, load_weights
 from sanctl.engine.steps import Forward, InputPipe
 from sanctl.errors import UserError
+from sanctl.report.lognotes import log_as_notes
 from sanctl.report.records import RunInfo
 from sanctl_models import Network, build_model, min_input_size
 
@@ -114,7 +115,7 @@ def open_run(loaded: LoadedConfig, *, device: str | None, resume: str | None) ->
             TRAIN.resume says.
 
     Raises:
-        UserError: data, configuration or checkpoint do not fit.
+        UserError: data, configuration, checkpoint or device do not fit.
     """
     notes = list(loaded.notes)
     folder = RunFolder(loaded.run_dir)
@@ -135,7 +136,8 @@ def open_run(loaded: LoadedConfig, *, device: str | None, resume: str | None) ->
     if start is not None:
         require_continuable(start, config, train_source.classes, len(train))
     state = _open_state(config, target, precision, start)
-    _require_images_to_normalise(config, state.model, len(train_source))
+    with log_as_notes(notes.append):
+        _require_images_to_normalise(config, state.model, len(train_source))
     return Run(
         config=config,
         dataset=loaded.dataset,

@@ -1,5 +1,7 @@
+import logging
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -7,8 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from tiny_run import Place, write_dataset
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from sanctl.engine.checkpoint import load_checkpoint
+from sanctl_models.sam import SAM
 
 FAST = ("-o", "TRAIN.epochs=1", "-o", "TRAIN.workers=0")
 
@@ -113,6 +118,55 @@ def test_a_wrong_value_is_one_line(place: Place, option: str, words: str) -> Non
     assert (status, out) == (2, "")
     assert words in one_line(err)
     assert not place.run.exists()
+
+
+@pytest.mark.parametrize("variable", ["cupy", "nonsense"])
+@pytest.mark.parametrize("command", ["train shapes tiny", "test shapes tiny", "demo"])
+def test_a_backend_that_is_not_to_be_had_is_one_line(
+    place: Place, monkeypatch: pytest.MonkeyPatch, variable: str, command: str
+) -> None:
+    monkeypatch.setenv("SANCTL_OPS_BACKEND", variable)
+    before = set(place.folder.rglob("*"))
+    status, out, err = place.main(*command.split(), "--device", "cpu")
+    assert (status, out) == (2, "")
+    line = one_line(err)
+    assert variable in line
+    assert "SANCTL_OPS_BACKEND" in line
+    assert set(place.folder.rglob("*")) == before
+
+
+@pytest.fixture
+def _logging_operators() -> Iterator[None]:
+    """Networks log from inside their forward passes, as the operators do on a GPU."""
+
+    def log(module: nn.Module, *_: object) -> None:
+        if isinstance(module, SAM):
+            logging.getLogger("sanctl_ops").info("compiling %s", type(module).__name__)
+
+    hook = register_module_forward_pre_hook(log)
+    yield
+    hook.remove()
+
+
+@pytest.mark.usefixtures("_logging_operators")
+def test_what_the_operators_log_reaches_the_user(place: Place) -> None:
+    status, out, err = place.main("train", "shapes", "tiny", *FAST)
+    assert status == 0
+    log_lines = (place.run / "train.log").read_text().splitlines()
+    for lines in (out.splitlines(), [line.partition(" ")[2] for line in log_lines]):
+        first, *_ = [line for line in lines if not line.startswith("run ")]
+        assert first == "note compiling SAM"
+    assert err.splitlines()[0] == "note: compiling SAM"  # of the test that follows the training
+
+
+@pytest.mark.usefixtures("_logging_operators")
+def test_what_the_operators_log_before_the_run_is_a_note_of_the_run(place: Place) -> None:
+    """A last batch of one image is tried out before anything is trained."""
+    status, out, err = place.main(
+        "train", "shapes", "tiny", "-o", "TRAIN.batch_size=17", "--dry-run"
+    )
+    assert (status, err) == (0, "")
+    assert "note: compiling SAM" in out.splitlines()
 
 
 @pytest.mark.parametrize("path", ["nowhere.pth", "config", "config/shapes/shapes_tiny.yaml"])
