@@ -127,7 +127,9 @@ def _gpu_obstacle(index: int) -> Choice | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < OLDEST_COMPUTE_CAPABILITY:
         version = ".".join(map(str, capability))
-        return Choice("torch", f"the kernels need compute capability 8.0, this GPU has {version}")
+        return Choice(
+            "torch", f"the kernels need compute capability 8.0 or newer, this GPU has {version}"
+        )
     return _cupy_obstacle(index)
 
 

@@ -14,6 +14,7 @@ import typer
 from sanctl import __version__
 from sanctl.cli import config, dataset
 from sanctl.cli.demo import demo
+from sanctl.cli.doctor import doctor
 from sanctl.cli.models import models
 from sanctl.cli.test import test
 from sanctl.cli.train import train
@@ -61,6 +62,7 @@ app.add_typer(config.app, name="config")
 app.command("train")(train)
 app.command("test")(test)
 app.command("models")(models)
+app.command("doctor")(doctor)
 
 
 def main() -> NoReturn:

@@ -83,6 +83,19 @@ def test_a_backend_that_is_not_to_be_had(variable: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "call",
+    ["aggregation(x, torch.ones(1, 1, 9, 4), 3)", "subtraction2(x, x, 3)", "subtraction(x, 3)"],
+)
+def test_no_operator_runs_on_a_cpu_when_the_kernels_are_asked_for(call: str) -> None:
+    program = (
+        "import torch\nfrom sanctl_ops import *\n"
+        f"set_backend('cupy')\nx = torch.ones(1, 2, 4, 4)\n{call}"
+    )
+    line = python(program, "torch").stderr.splitlines()[-1]
+    assert line.startswith("sanctl_ops.backend.BackendError: the cupy backend cannot run: ")
+
+
+@pytest.mark.parametrize(
     ("variable", "name", "reason"),
     [
         (None, "torch", "asked for"),
