@@ -88,7 +88,7 @@ def _print_operators(choices: Sequence["Operators"]) -> None:
     out.print()
     for choice in choices:
         if choice.mend:
-            out.print(f"{choice.device}: to run the faster kernels: {choice.mend}")
+            out.print(f"{choice.device}: to run the CuPy kernels: {choice.mend}")
 
 
 def _try_kernels(choices: Sequence["Operators"]) -> list[str]:

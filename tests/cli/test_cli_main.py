@@ -44,7 +44,7 @@ def test_a_bare_command_prints_its_help(arguments: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("train",), ("test",), ("models",), ("dataset",), ("config",)]
+    "arguments", [(), ("train",), ("test",), ("models",), ("doctor",), ("dataset",), ("config",)]
 )
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help(arguments: tuple[str, ...], flag: str) -> None:
