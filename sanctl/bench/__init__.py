@@ -1,0 +1,1 @@
+"""Benchmarks: the attention operators against their memory traffic, networks against each other."""

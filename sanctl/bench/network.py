@@ -1,0 +1,110 @@
+"""One network of `bench-models`: built for its step, and what it holds and computes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from sanctl_models import create_model
+
+CLASSES = 1000
+_COUNTED_IMAGES = 2
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """How networks are run.
+
+    Attributes:
+        mode: "train" (forward, cross-entropy, backward, SGD with momentum) or "infer" (forward in
+            evaluation mode).
+        batch: Images in a step.
+        size: Side of the images in pixels.
+        autocast_dtype: Of automatic mixed precision; None for float32.
+        compiled: Run through torch.compile.
+        channels_last: Memory layout of weights and images.
+    """
+
+    mode: str
+    batch: int
+    size: int
+    autocast_dtype: torch.dtype | None = None
+    compiled: bool = False
+    channels_last: bool = False
+
+    @property
+    def trains(self) -> bool:
+        """Whether a step updates the weights."""
+        return self.mode == "train"
+
+
+class RunningNetwork:
+    """A network with initial weights, its optimizer and a batch of random images on a device."""
+
+    def __init__(self, name: str, settings: ModelSettings, device: torch.device) -> None:
+        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+        model = create_model(name, num_classes=CLASSES)
+        model.to(device, memory_format=layout)  # type: ignore[call-overload]
+        self._settings = settings
+        self._device = device
+        self._model = model.train(settings.trains)
+        self._forward = torch.compile(model) if settings.compiled else model
+        self._optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        scaled = settings.autocast_dtype is torch.float16
+        self._scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+        images = torch.randn(settings.batch, 3, settings.size, settings.size, device=device)
+        self._images = images.contiguous(memory_format=layout)
+        self._targets = torch.randint(CLASSES, (settings.batch,), device=device)
+
+    def step(self) -> None:
+        """Queue a step."""
+        if self._settings.trains:
+            self._train()
+            return
+        with torch.inference_mode(), self._autocast():
+            self._forward(self._images)
+
+    def held_bytes(self) -> int:
+        """Return what the network holds between steps: weights, optimizer's state, and its batch.
+
+        Gradients are let go of after every step.
+        """
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    def _train(self) -> None:
+        with self._autocast():
+            loss = F.cross_entropy(self._forward(self._images), self._targets)
+        self._scaler.scale(loss).backward()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = self._settings.autocast_dtype
+        return torch.autocast(self._device.type, dtype, enabled=dtype is not None)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from self._model.state_dict().values()
+        for state in self._optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+        yield self._images
+        yield self._targets
+
+
+def count_flops(name: str, settings: ModelSettings) -> float:
+    """Return the floating-point operations of a step per image, two to a multiply-add.
+
+    They are counted by torch without computing anything, forward or forward and backward, and are
+    those of the network's definition: what a kernel computes twice counts once.
+    """
+    with torch.device("meta"):
+        model = create_model(name, num_classes=CLASSES).train(settings.trains)
+        images = torch.empty(_COUNTED_IMAGES, 3, settings.size, settings.size)
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(settings.trains):
+        logits = model(images)
+        if settings.trains:
+            logits.sum().backward()
+    return counter.get_total_flops() / _COUNTED_IMAGES
