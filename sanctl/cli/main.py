@@ -13,6 +13,8 @@ import typer
 
 from sanctl import __version__
 from sanctl.cli import config, dataset
+from sanctl.cli.bench_models import bench_models
+from sanctl.cli.bench_ops import bench_ops
 from sanctl.cli.demo import demo
 from sanctl.cli.doctor import doctor
 from sanctl.cli.models import models
@@ -62,6 +64,8 @@ app.add_typer(config.app, name="config")
 app.command("train")(train)
 app.command("test")(test)
 app.command("models")(models)
+app.command("bench-ops")(bench_ops)
+app.command("bench-models")(bench_models)
 app.command("doctor")(doctor)
 
 

@@ -1,0 +1,162 @@
+"""`sanctl bench-models`: networks against each other, interleaved in one run."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sanctl.cli.arguments import Device
+from sanctl.cli.bench_options import (
+    CsvFile,
+    JsonFile,
+    chosen,
+    figure,
+    note,
+    open_device,
+    require_known,
+    require_places,
+    write_files,
+)
+from sanctl.errors import SanctlError
+
+if TYPE_CHECKING:
+    import torch
+
+    from sanctl.bench.models import ModelRecord
+    from sanctl.bench.network import ModelSettings
+
+_DEFAULT_MODELS = ["resnet50", "resnet26", "san10_pairwise", "san10_patchwise"]
+_DEFAULT_BATCH = {"cuda": 64, "cpu": 2}
+_DEFAULT_ROUNDS = {"cuda": 5, "cpu": 3}
+_COLUMNS = ("network", "images/s", "ratio", "step ms", "+-%", "peak GiB", "TFLOP/s")
+
+
+def bench_models(
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME,NAME",
+            help="Networks, as `sanctl models` lists them; repeatable. Default: "
+            f"{','.join(_DEFAULT_MODELS)}.",
+        ),
+    ] = None,
+    reference: Annotated[
+        str, typer.Option(metavar="NAME", help="Network that the others are compared with.")
+    ] = "resnet50",
+    mode: Annotated[
+        str, typer.Option(metavar="train|infer", help="Steps of training, or forward alone.")
+    ] = "train",
+    amp: Annotated[
+        bool, typer.Option("--amp", help="Mixed precision, as by the key TRAIN.amp.")
+    ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Use torch.compile, which is not timed.")
+    ] = False,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Use the channels_last memory layout.")
+    ] = False,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images in a step. Default: 64 on a GPU, 2 on a CPU.")
+    ] = None,
+    size: Annotated[int, typer.Option(min=1, help="Side of the images in pixels.")] = 224,
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Turns of every network. Default: 5 on a GPU, 3 on a CPU."),
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(metavar="auto|torch|cupy", help="What runs attention. Default: auto."),
+    ] = None,
+    device: Device = None,
+    json: JsonFile = None,
+    csv: CsvFile = None,
+) -> None:
+    """Time networks in turns within one run, and compare their speed with one of them."""
+    require_places(json, csv)
+
+    from sanctl.bench.backends import backend_set
+    from sanctl.bench.export import circumstances
+    from sanctl.bench.models import bench_models
+    from sanctl.bench.network import ModelSettings
+    from sanctl.engine.device import describe_device
+    from sanctl.report.console import out, progress
+    from sanctl.report.lognotes import log_as_notes
+
+    names = _networks(models, reference)
+    require_known("--mode", mode, ["train", "infer"])
+    if backend is not None:
+        require_known("--backend", backend, ["auto", "torch", "cupy"])
+    target, choice = open_device(device, backend)
+    batch, rounds = batch or _DEFAULT_BATCH[target.type], rounds or _DEFAULT_ROUNDS[target.type]
+    settings = ModelSettings(mode, batch, size, _autocast(amp, target), compiled, channels_last)
+    with (
+        backend_set(choice.name),
+        progress("rounds of networks", len(names) * (rounds + 1)) as advance,
+        log_as_notes(note),
+    ):
+        records = bench_models(names, reference, settings, rounds, target, advance)
+    about = circumstances(
+        describe_device(target),
+        {
+            "models": names,
+            "reference": reference,
+            "rounds": rounds,
+            "backend": choice.name,
+            **asdict(settings),
+            "autocast_dtype": _precision(settings),
+        },
+    )
+    _print_table(records, settings)
+    out.print(f"{about['device']}, attention by {choice.name}")
+    out.print(f"ratio: speed over {reference}'s; +-%: half the range over the rounds")
+    write_files(json, csv, about, [record.as_row() for record in records])
+    if all(record.failure for record in records):
+        raise SanctlError("none of the networks could be measured")
+
+
+def _networks(models: list[str] | None, reference: str) -> list[str]:
+    """Return the networks to run, the reference added where it is not among them."""
+    from sanctl_models import list_models
+
+    names = chosen("--models", models or _DEFAULT_MODELS, list_models())
+    require_known("--reference", reference, list_models())
+    return names if reference in names else [reference, *names]
+
+
+def _autocast(amp: bool, device: "torch.device") -> "torch.dtype | None":
+    from sanctl.engine.device import Precision
+
+    dtype = Precision.choose(amp, device).autocast_dtype
+    if amp and dtype is None:
+        note("--amp has no effect on a CPU: running in float32")
+    return dtype
+
+
+def _precision(settings: "ModelSettings") -> str:
+    return str(settings.autocast_dtype or "float32").removeprefix("torch.")
+
+
+def _print_table(records: "list[ModelRecord]", settings: "ModelSettings") -> None:
+    from sanctl.report.console import out
+    from sanctl.report.tables import print_table
+
+    switches = {"compiled": settings.compiled, "channels_last": settings.channels_last}
+    how = [_precision(settings), *(name for name, on in switches.items() if on)]
+    title = f"{settings.mode}, batch {settings.batch}, {settings.size} px, {', '.join(how)}"
+    print_table(_COLUMNS, [_row(record) for record in records], title=title)
+    for record in records:
+        if record.failure:
+            out.print(f"{record.network} was not measured: {record.failure}")
+
+
+def _row(record: "ModelRecord") -> list[str | None]:
+    seconds, median = record.step_seconds, record.step_median
+    return [
+        record.network,
+        figure(record.images_per_s),
+        None if record.ratio is None else f"{record.ratio:.2f}",
+        figure(median, 1e3),
+        None if median is None else f"{50 * (max(seconds) - min(seconds)) / median:.1f}",
+        figure(record.peak, 1 / 2**30),
+        figure(record.flop_per_s, 1e-12),
+    ]
