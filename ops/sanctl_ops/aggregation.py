@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from sanctl_ops.backend import runs_kernels
 from sanctl_ops.checks import check_alike, check_image, check_weights, check_window
-from sanctl_ops.window import Window, accumulation_dtype
+from sanctl_ops.kernels import aggregation as kernels
+from sanctl_ops.window import Window, accumulation_dtype, plane_format
 
 
 def aggregation(
@@ -38,13 +40,15 @@ def aggregation(
         pad_mode: "reflect" (without repeating the border pixel) or "zero".
 
     Returns:
-        (N, C, Ho, Wo), contiguous. The gradients of x and w are contiguous, too.
+        (N, C, Ho, Wo), channels_last if x is, else contiguous. So is the gradient of x; that of w
+        is contiguous.
 
     Raises:
         ValueError: a tensor is not 4-d or of another type, dtypes or devices differ, the shape of
             w does not fit, Cw does not divide C, kernel_size, stride or dilation is below 1,
             padding is negative, pad_mode is unknown, reflect padding is not smaller than the
             sides, or the window is larger than the padded input.
+        BackendError: the CuPy kernels are asked for by name and cannot run on x's device.
     """
     check_image("x", x)
     check_alike("x", x, "w", w)
@@ -65,19 +69,31 @@ def _aggregation(
     pad_mode: str,
 ) -> Tensor:
     window = Window(kernel_size, stride, padding, dilation, pad_mode)
+    if not runs_kernels(x.device):
+        return _weighted_sums(window, x, w).to(x.dtype, memory_format=plane_format(x))
+    out = _empty_output(window, x)
+    kernels.forward(window, x, w, out)
+    return out
+
+
+@_aggregation.register_fake
+def _(x: Tensor, w: Tensor, *args: Any) -> Tensor:
+    return _empty_output(Window(*args), x)
+
+
+def _empty_output(window: Window, x: Tensor) -> Tensor:
+    shape = (*x.shape[:2], *window.output_size(*x.shape[2:]))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=plane_format(x))
+
+
+def _weighted_sums(window: Window, x: Tensor, w: Tensor) -> Tensor:
     accumulate = accumulation_dtype(x.dtype)
     size = window.output_size(*x.shape[2:])
     values = _grouped(window.pad(x.to(accumulate)), w)
     out = torch.zeros((*x.shape[:2], *size), dtype=accumulate, device=x.device)
     for view, weight in zip(window.tap_views(values), _tap_weights(w, size), strict=True):
         _grouped(out, w).addcmul_(view, weight)
-    return out.to(x.dtype)
-
-
-@_aggregation.register_fake
-def _(x: Tensor, w: Tensor, *args: Any) -> Tensor:
-    batch, channels, height, width = x.shape
-    return x.new_empty(batch, channels, *Window(*args).output_size(height, width))
+    return out
 
 
 @torch.library.custom_op("sanctl::aggregation_backward", mutates_args=())
@@ -92,13 +108,23 @@ def _aggregation_backward(
     pad_mode: str,
 ) -> tuple[Tensor, Tensor]:
     window = Window(kernel_size, stride, padding, dilation, pad_mode)
-    grad = grad.to(accumulation_dtype(x.dtype), memory_format=torch.contiguous_format)
-    return _input_gradient(window, grad, x, w), _weight_gradient(window, grad, x, w)
+    if not runs_kernels(x.device):
+        grad = grad.to(accumulation_dtype(x.dtype), memory_format=torch.contiguous_format)
+        return _input_gradient(window, grad, x, w), _weight_gradient(window, grad, x, w)
+    grad_x, grad_w = _empty_gradients(x, w)
+    kernels.input_gradient(window, grad, w, grad_x)
+    kernels.weight_gradient(window, grad, x, grad_w)
+    return grad_x, grad_w
 
 
 @_aggregation_backward.register_fake
 def _(grad: Tensor, x: Tensor, w: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), w.new_empty(w.shape)
+    return _empty_gradients(x, w)
+
+
+def _empty_gradients(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=plane_format(x))
+    return grad_x, w.new_empty(w.shape)
 
 
 def _input_gradient(window: Window, grad: Tensor, x: Tensor, w: Tensor) -> Tensor:
@@ -106,7 +132,7 @@ def _input_gradient(window: Window, grad: Tensor, x: Tensor, w: Tensor) -> Tenso
     views = window.tap_views(_grouped(grad_padded, w))
     for view, weight in zip(views, _tap_weights(w, grad.shape[2:]), strict=True):
         view.addcmul_(_grouped(grad, w), weight)
-    return window.fold(grad_padded).to(x.dtype).contiguous()
+    return window.fold(grad_padded).to(x.dtype).contiguous(memory_format=plane_format(x))
 
 
 def _weight_gradient(window: Window, grad: Tensor, x: Tensor, w: Tensor) -> Tensor:

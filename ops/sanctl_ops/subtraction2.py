@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from sanctl_ops.backend import runs_kernels
 from sanctl_ops.checks import check_alike, check_image, check_window
-from sanctl_ops.window import Window, accumulation_dtype
+from sanctl_ops.kernels import subtraction2 as kernels
+from sanctl_ops.window import Window, accumulation_dtype, plane_format
 
 
 def subtraction2(
@@ -38,13 +40,14 @@ def subtraction2(
 
     Returns:
         (N, C, K*K, P), contiguous; the P = Ho * Wo windows run row by row. The gradients of x1
-        and x2 are contiguous, too.
+        and x2 are channels_last if x1 is, else contiguous.
 
     Raises:
         ValueError: a tensor is not 4-d or of another type, shapes, dtypes or devices differ,
             kernel_size, stride or dilation is below 1, padding is negative, pad_mode is unknown,
             reflect padding is not smaller than the sides, or the window is larger than the padded
             input.
+        BackendError: the CuPy kernels are asked for by name and cannot run on x1's device.
     """
     check_image("x1", x1)
     check_image("x2", x2)
@@ -66,6 +69,8 @@ def _subtraction2(
     pad_mode: str,
 ) -> Tensor:
     window = Window(kernel_size, stride, padding, dilation, pad_mode)
+    if runs_kernels(x1.device):
+        return kernels.forward(window, x1, x2)
     centre = window.centre_view(window.pad(x1))[:, :, None, None]
     taps = window.views(window.pad(x2))
     out = torch.empty(taps.shape, dtype=x1.dtype, device=x1.device)
@@ -86,6 +91,7 @@ def _subtraction2_backward(
     grad: Tensor,
     height: int,
     width: int,
+    channels_last: bool,
     kernel_size: int,
     stride: int,
     padding: int,
@@ -93,6 +99,10 @@ def _subtraction2_backward(
     pad_mode: str,
 ) -> tuple[Tensor, Tensor]:
     window = Window(kernel_size, stride, padding, dilation, pad_mode)
+    if runs_kernels(grad.device):
+        gradients = _empty_gradients(grad, height, width, channels_last)
+        kernels.backward(window, grad, *gradients)
+        return gradients
     accumulate = accumulation_dtype(grad.dtype)
     taps = grad.unflatten(3, window.output_size(height, width))
     planes = (*grad.shape[:2], *window.padded_size(height, width))
@@ -101,26 +111,44 @@ def _subtraction2_backward(
     grad2 = torch.zeros_like(grad1)
     for view, tap in zip(window.tap_views(grad2), taps.unbind(2), strict=True):
         view.sub_(tap)
-    return _finished(window.fold(grad1), grad), _finished(window.fold(grad2), grad)
-
-
-def _finished(grad: Tensor, like: Tensor) -> Tensor:
-    return grad.to(like.dtype).contiguous()
+    memory_format = _format(channels_last)
+    grad1, grad2 = (
+        window.fold(plane).to(grad.dtype).contiguous(memory_format=memory_format)
+        for plane in (grad1, grad2)
+    )
+    return grad1, grad2
 
 
 @_subtraction2_backward.register_fake
-def _(grad: Tensor, height: int, width: int, *args: Any) -> tuple[Tensor, Tensor]:
+def _(
+    grad: Tensor, height: int, width: int, channels_last: bool, *args: Any
+) -> tuple[Tensor, Tensor]:
+    return _empty_gradients(grad, height, width, channels_last)
+
+
+def _empty_gradients(
+    grad: Tensor, height: int, width: int, channels_last: bool
+) -> tuple[Tensor, Tensor]:
     shape = (*grad.shape[:2], height, width)
-    return grad.new_empty(shape), grad.new_empty(shape)
+    memory_format = _format(channels_last)
+    grad1, grad2 = (
+        torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
+        for _ in range(2)
+    )
+    return grad1, grad2
+
+
+def _format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _save_geometry(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x1, _, *ctx.window = inputs
-    ctx.size = x1.shape[2:]
+    ctx.planes = (*x1.shape[2:], plane_format(x1) == torch.channels_last)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad1, grad2 = _subtraction2_backward(grad, *ctx.size, *ctx.window)
+    grad1, grad2 = _subtraction2_backward(grad, *ctx.planes, *ctx.window)
     return grad1, grad2, *[None] * len(ctx.window)
 
 

@@ -105,3 +105,10 @@ class Window:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which sums of `dtype` values are kept: float64 or else float32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def plane_format(x: Tensor) -> torch.memory_format:
+    """Return the memory format of results that stand beside x: channels_last if x is in it."""
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format

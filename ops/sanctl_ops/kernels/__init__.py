@@ -1,1 +1,1 @@
-"""CUDA sources (`*.cu`, `*.cuh`) of the operators, shipped as data files of this package."""
+"""The operators on CUDA: sources (`*.cu`, `*.cuh`), and beside each what launches it."""

@@ -1,0 +1,96 @@
+// How values are stored (16, 32 or 64 bits) and how they are computed with (float or double).
+//
+// The 16-bit types are our own, so that compiling needs no header of the CUDA toolkit.
+#pragma once
+
+struct Half {
+    unsigned short bits;
+};
+
+struct BFloat16 {
+    unsigned short bits;
+};
+
+template <typename T>
+struct Computed {
+    using type = float;
+};
+
+template <>
+struct Computed<double> {
+    using type = double;
+};
+
+// Sums of T are kept in this type: double for double, float for all others.
+template <typename T>
+using computed_t = typename Computed<T>::type;
+
+__device__ inline double widen(double x) { return x; }
+
+__device__ inline float widen(float x) { return x; }
+
+__device__ inline float widen(Half x) {
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+    return wide;
+}
+
+__device__ inline float widen(BFloat16 x) {
+    return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
+}
+
+// Rounds to nearest, ties to even.
+template <typename T>
+__device__ inline T narrow(computed_t<T> x) {
+    return x;
+}
+
+template <>
+__device__ inline Half narrow<Half>(float x) {
+    Half narrowed;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrowed.bits) : "f"(x));
+    return narrowed;
+}
+
+template <>
+__device__ inline BFloat16 narrow<BFloat16>(float x) {
+    BFloat16 narrowed;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(narrowed.bits) : "f"(x));
+    return narrowed;
+}
+
+// V neighbours in memory, moved by one instruction where they take 16 bytes or fewer.
+template <typename T, int V>
+struct alignas(sizeof(T) * V) Vector {
+    T at[V];
+};
+
+template <int V, typename T>
+__device__ inline void load(const T* from, computed_t<T> (&values)[V]) {
+    const auto vector = *reinterpret_cast<const Vector<T, V>*>(from);
+#pragma unroll
+    for (int e = 0; e < V; ++e) values[e] = widen(vector.at[e]);
+}
+
+template <int V, typename T>
+__device__ inline void store(T* to, const computed_t<T>* values) {
+    Vector<T, V> vector;
+#pragma unroll
+    for (int e = 0; e < V; ++e) vector.at[e] = narrow<T>(values[e]);
+    *reinterpret_cast<Vector<T, V>*>(to) = vector;
+}
+
+// V pixels of a row that lie `stride` elements apart.
+template <int V, typename T>
+__device__ inline void load_row(const T* from, long long stride, computed_t<T> (&values)[V]) {
+    if (V > 1 && stride == 1) return load<V>(from, values);
+#pragma unroll
+    for (int e = 0; e < V; ++e) values[e] = widen(from[e * stride]);
+}
+
+template <int V, typename T>
+__device__ inline void store_row(T* to, long long stride, const computed_t<T>* values) {
+    if (V > 1 && stride == 1) return store<V>(to, values);
+#pragma unroll
+    for (int e = 0; e < V; ++e) to[e * stride] = narrow<T>(values[e]);
+}

@@ -1,0 +1,99 @@
+"""What the kernels of windows have in common: structures, vector widths, grids."""
+
+from functools import cache
+
+import numpy as np
+from torch import Tensor
+
+from sanctl_ops.window import Window
+
+# As struct Window and struct Strides in window.cuh.
+_WINDOW = np.dtype(
+    [
+        (name, np.int32)
+        for name in (
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "height",
+            "width",
+            "out_height",
+            "out_width",
+        )
+    ]
+)
+_STRIDES = np.dtype([(name, np.int64) for name in "nchw"])
+
+SAME_KERNEL_SIZES = (3, 5, 7)
+VECTOR_BYTES = 16
+WARP = 32
+
+
+@cache
+def window_argument(window: Window, height: int, width: int) -> np.ndarray:
+    """Return struct Window of `window` on planes of `height` x `width` pixels."""
+    out_height, out_width = window.output_size(height, width)
+    fields = (window.kernel_size, window.stride, window.padding, window.dilation)
+    return np.array((*fields, height, width, out_height, out_width), _WINDOW)
+
+
+@cache
+def _strides(strides: tuple[int, ...]) -> np.ndarray:
+    return np.array(strides, _STRIDES)
+
+
+def strides_argument(x: Tensor) -> np.ndarray:
+    """Return struct Strides of a 4-d tensor."""
+    return _strides(x.stride())
+
+
+def reflects(window: Window) -> bool:
+    """Tell whether the windows' padding mirrors pixels, a template parameter of every kernel."""
+    return window.pad_mode == "reflect"
+
+
+def same_kernel_size(window: Window) -> int:
+    """Return K for windows that the kernels `*_same` take, and 0 for all others.
+
+    They have K = 3, 5 or 7, stride 1, no dilation, and padding K // 2, so that there is a window
+    for every pixel.
+    """
+    k = window.kernel_size
+    same = window.stride == 1 and window.dilation == 1 and window.padding == k // 2
+    return k if same and k in SAME_KERNEL_SIZES else 0
+
+
+def vector_width(width: int, *tensors: Tensor) -> int:
+    """Return how many pixels of a row one access may move: 4, 2 or 1.
+
+    It divides the row, moves at most 16 bytes, and keeps the accesses to all `tensors` aligned.
+    """
+    for vector in (4, 2):
+        if width % vector == 0 and all(_aligned(x, vector) for x in tensors):
+            return vector
+    return 1
+
+
+def _aligned(x: Tensor, vector: int) -> bool:
+    """Tell whether rows can be read `vector` pixels at a time (or are read one by one anyway)."""
+    if vector * x.itemsize > VECTOR_BYTES:
+        return False
+    if x.stride(-1) != 1:
+        return True
+    starts = x.data_ptr() % (vector * x.itemsize) == 0
+    steps = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    return starts and all(size == 1 or stride % vector == 0 for size, stride in steps)
+
+
+def threads_for(items: int, most: int) -> int:
+    """Return threads of a block, whole warps, for up to `most` items each with its own thread."""
+    chunks = -(-items // most)
+    each = -(-items // max(chunks, 1))
+    return max(WARP, -(-each // WARP) * WARP)
+
+
+def rows_of_tile(height: int, vectors: int, most: int) -> int:
+    """Return the rows of a tile: at most `most` vectors in it, the tiles being of like height."""
+    tiles = -(-height // max(1, most // vectors))
+    return -(-height // tiles)

@@ -1,0 +1,115 @@
+// The gradient of what windows have read: every pixel sums the gradients of the taps that lie on it.
+//
+// Nothing is scattered, so there are no atomics and two runs give the same bits.
+#pragma once
+
+#include "window.cuh"
+
+// Visits each (tap, window) whose tap lies on pixel (y, x), reflections included.
+template <bool REFLECT, typename Visit>
+__device__ inline void visit_windows_on(int y, int x, const Window& window, Visit visit) {
+    for (int v = 0; v < IMAGES<REFLECT>; ++v) {
+        int py, px, row, column;
+        if (!image<REFLECT>(y, window.height, window.padding, v, py)) continue;
+        for (int h = 0; h < IMAGES<REFLECT>; ++h) {
+            if (!image<REFLECT>(x, window.width, window.padding, h, px)) continue;
+            for (int ky = 0; ky < window.kernel_size; ++ky) {
+                if (!window_of(py, ky, window, window.out_height, row)) continue;
+                for (int kx = 0; kx < window.kernel_size; ++kx) {
+                    if (!window_of(px, kx, window, window.out_width, column)) continue;
+                    visit(ky * window.kernel_size + kx, row * window.out_width + column);
+                }
+            }
+        }
+    }
+}
+
+// Adds up the ends of neighbouring threads' sums. Thread t of a row holds the sums of the padded
+// columns t * V to t * V + V + K - 2; `lines` has a zeroed line of width + K - 1 for each row.
+// Afterwards, sums[0..V) are those of the thread's own pixels, the reflected columns added.
+template <bool REFLECT, int K, int V, typename A>
+__device__ inline void join_columns(A (&sums)[V + K - 1], A* line, int column, int width,
+                                    bool active) {
+    constexpr int LAST = V + K - 2;
+#pragma unroll
+    for (int phase = 0; phase * V <= LAST; ++phase) {
+        if (active) {
+#pragma unroll
+            for (int e = phase * V; e < phase * V + V && e <= LAST; ++e) line[column + e] += sums[e];
+        }
+        __syncthreads();
+    }
+    if (!active) return;
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+        A sum = 0;
+#pragma unroll
+        for (int which = 0; which < IMAGES<REFLECT>; ++which) {
+            int position;
+            if (image<REFLECT>(column + e, width, K / 2, which, position))
+                sum += line[position + K / 2];
+        }
+        sums[e] = sum;
+    }
+}
+
+// One block sums the gradient of `rows` rows of a plane, from row `top` on, over the K * K taps of
+// every window, for windows of stride 1 and padding K / 2. Threads own V neighbouring pixels of a
+// row and take the rows of windows in turn, V elements at a time.
+//
+// taps_out gets sign * (sum over the taps that lie on the pixel); with CENTRES, centres_out gets
+// the sum over the taps of the pixel's own window, whose elements other threads of the block read at
+// about the same time, so that the second read comes out of the cache. `lines` is shared memory for
+// rows * (width + K - 1) numbers.
+template <bool REFLECT, int K, int V, bool CENTRES, typename T>
+__device__ inline void sum_taps(const T* grad, const Window& window, int top, int rows,
+                                computed_t<T> sign, T* taps_out, const Strides& taps_strides,
+                                T* centres_out, const Strides& centres_strides,
+                                computed_t<T>* lines) {
+    using A = computed_t<T>;
+    const int height = window.height, width = window.width, plane = height * width;
+    const int vectors = width / V, line_width = width + K - 1;
+    const int own_line = threadIdx.x / vectors, column = threadIdx.x % vectors * V;
+    const int y = top + own_line;
+    const bool active = own_line < rows && y < height;
+    for (int i = threadIdx.x; i < rows * line_width; i += blockDim.x) lines[i] = 0;
+    A sums[V + K - 1] = {}, centres[V] = {};
+#pragma unroll 1
+    for (int ky = 0; ky < K; ++ky) {
+        const T* taps = grad + static_cast<long long>(ky) * K * plane + column;
+        if (CENTRES && active) {
+            A values[K][V];
+#pragma unroll
+            for (int kx = 0; kx < K; ++kx)
+                load<V>(taps + static_cast<long long>(kx) * plane + y * width, values[kx]);
+#pragma unroll
+            for (int kx = 0; kx < K; ++kx)
+#pragma unroll
+                for (int e = 0; e < V; ++e) centres[e] += values[kx][e];
+        }
+#pragma unroll 1
+        for (int which = 0; which < IMAGES<REFLECT>; ++which) {
+            int position;
+            if (!active || !image<REFLECT>(y, height, K / 2, which, position)) continue;
+            const int row = position + K / 2 - ky;
+            if (row < 0 || row >= height) continue;
+            A values[K][V];
+#pragma unroll
+            for (int kx = 0; kx < K; ++kx)
+                load<V>(taps + static_cast<long long>(kx) * plane + row * width, values[kx]);
+#pragma unroll
+            for (int kx = 0; kx < K; ++kx)
+#pragma unroll
+                for (int e = 0; e < V; ++e) sums[kx + e] += values[kx][e];
+        }
+    }
+    __syncthreads();
+    join_columns<REFLECT, K, V>(sums, lines + own_line * line_width, column, width, active);
+    if (!active) return;
+#pragma unroll
+    for (int e = 0; e < V; ++e) sums[e] *= sign;
+    store_row<V>(taps_out + y * taps_strides.h + column * taps_strides.w, taps_strides.w, sums);
+    if (CENTRES)
+        store_row<V>(centres_out + y * centres_strides.h + column * centres_strides.w,
+                     centres_strides.w, centres);
+}
