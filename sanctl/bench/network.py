@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from sanctl_models import create_model
 
 CLASSES = 1000
-_COUNTED_IMAGES = 2
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,9 @@ def count_flops(name: str, settings: ModelSettings) -> float:
     """
     with torch.device("meta"):
         model = create_model(name, num_classes=CLASSES).train(settings.trains)
-        images = torch.empty(_COUNTED_IMAGES, 3, settings.size, settings.size)
+        images = torch.empty(settings.batch, 3, settings.size, settings.size)
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(settings.trains):
         logits = model(images)
         if settings.trains:
             logits.sum().backward()
-    return counter.get_total_flops() / _COUNTED_IMAGES
+    return counter.get_total_flops() / settings.batch
