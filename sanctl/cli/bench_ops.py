@@ -134,7 +134,7 @@ def _row(record: "OpRecord") -> list[str | None]:
         None if timing is None else f"{50 * timing.spread:.1f}",
         figure(record.floor, 1e3),
         figure(record.bytes_per_s, 1e-9),
-        figure(record.share_of_copy, 100),
+        None if record.share_of_copy is None else f"{100 * record.share_of_copy:.1f}",
         figure(record.speedup),
         figure(record.peak, 1 / 2**20),
     ]

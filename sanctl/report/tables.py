@@ -29,8 +29,8 @@ def print_table(
 
     On a terminal it is drawn to fit the width: long texts are folded, and thousands are set
     apart. In a pipe every row is one untruncated line, and numbers are plain. Columns that hold
-    only numbers (also numbers as text) stand to the right. Floats show four significant digits, so
-    a column with a form of its own takes text. None and empty texts show as `-`.
+    only numbers (also numbers as text, and `n/a`) stand to the right. Floats show four significant
+    digits, so a column with a form of its own takes text. None and empty texts show as `-`.
 
     Args:
         columns: The headers.
@@ -113,7 +113,7 @@ def _class_rows(title: str, classes: Sequence[ClassScore], console: Console) -> 
 
 
 def _is_number(cell: Cell) -> bool:
-    if not isinstance(cell, str) or cell in ("", _EMPTY):
+    if not isinstance(cell, str) or cell in ("", _EMPTY, "n/a"):
         return True
     try:
         float(cell.rstrip(" %").replace(",", ""))

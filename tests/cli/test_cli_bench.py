@@ -115,6 +115,29 @@ def test_nothing_is_timed_where_a_result_is_wrong(
     assert not (place.folder / "b.json").exists()
 
 
+def test_a_baseline_that_needs_too_much_memory_is_not_available(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = OPERATORS["subtraction"]
+
+    def needs_too_much(k: int, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.float64:  # which is the check's
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return right.unfold(k, x)
+
+    short = dataclasses.replace(right, unfold=needs_too_much)
+    monkeypatch.setitem(OPERATORS, "subtraction", short)
+    status, out, _ = place.main(*OPS, "--op", "subtraction", "--json", "b.json")
+    assert status == 0
+    unfolded = [line.split() for line in out.splitlines() if " unfold " in line][:2]
+    assert [cells[:4] for cells in unfolded] == [
+        ["layer3", direction, "unfold", "n/a"] for direction in ("fwd", "bwd")
+    ]
+    records = json.loads((place.folder / "b.json").read_text())["records"]
+    assert [record["median_s"] is None for record in records] == [True, False] * 2
+    assert {record["speedup_over_unfold"] for record in records} == {None}
+
+
 def test_no_network_that_runs_is_a_failure(place: Place) -> None:
     status, out, err = place.main(
         *("bench-models", "--models", "san10_pairwise", "--reference", "san10_pairwise"),

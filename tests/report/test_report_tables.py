@@ -109,8 +109,9 @@ def test_a_terminal_gets_every_character_within_its_width(terminal: OnTerminal) 
 
 def test_numbers_as_text_stand_to_the_right() -> None:
     pipe = InPipe()
-    print_table(["score", "value"], [["top-1", "9.5 %"], ["loss", "12.25"]], console=pipe.console)
-    assert pipe.lines() == ["score  value", "top-1  9.5 %", "loss   12.25"]
+    rows = [["top-1", "9.5 %"], ["loss", "12.25"], ["top-5", "n/a"]]
+    print_table(["score", "value"], rows, console=pipe.console)
+    assert pipe.lines() == ["score  value", "top-1  9.5 %", "loss   12.25", "top-5    n/a"]
 
 
 def test_a_table_without_rows_shows_its_headers() -> None:
