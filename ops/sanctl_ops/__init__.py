@@ -1,13 +1,14 @@
 """Operators of local self-attention over K x K windows, for CPU and CUDA tensors.
 
-`subtraction`, `subtraction2` and `aggregation` are the three primitives of the self-attention
-networks of Zhao, Jia and Koltun, "Exploring Self-attention for Image Recognition" (CVPR 2020).
-They are custom operators (`torch.ops.sanctl`): torch.compile passes through them, forward and
-backward, without a graph break, and torch's FLOP counter knows them.
+`subtraction`, `subtraction2`, `concatenation` and `aggregation` make up the self-attention networks
+of Zhao, Jia and Koltun, "Exploring Self-attention for Image Recognition" (CVPR 2020). They are
+custom operators (`torch.ops.sanctl`): torch.compile passes through them, forward and backward,
+without a graph break, and torch's FLOP counter knows them.
 """
 
 from sanctl_ops.aggregation import aggregation
 from sanctl_ops.backend import BackendError, Choice, choose_backend, requested_backend, set_backend
+from sanctl_ops.concatenation import concatenation
 from sanctl_ops.subtraction import subtraction
 from sanctl_ops.subtraction2 import subtraction2
 
@@ -16,6 +17,7 @@ __all__ = [
     "Choice",
     "aggregation",
     "choose_backend",
+    "concatenation",
     "requested_backend",
     "set_backend",
     "subtraction",

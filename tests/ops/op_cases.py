@@ -128,6 +128,12 @@ OPERATORS = {
         op_oracle.subtraction2,
         op_oracle.subtraction2_gradients,
     ),
+    "concatenation": Operator(
+        lambda x1, x2, geometry: sanctl_ops.concatenation(x1, x2, *geometry),
+        lambda case: [case.image_shape, case.image_shape],
+        op_oracle.concatenation,
+        op_oracle.concatenation_gradients,
+    ),
     "aggregation": Operator(
         lambda x, w, geometry: sanctl_ops.aggregation(x, w, *geometry),
         lambda case: [case.image_shape, case.weight_shape],

@@ -93,6 +93,36 @@ def subtraction2_gradients(
     return grad1, grad2
 
 
+def concatenation(x1: Array, x2: Array, geometry: Geometry) -> Array:
+    batch, channels, height, width = x1.shape
+    rows, columns = output_size(height, width, geometry)
+    taps = geometry.kernel_size**2
+    out = np.zeros((batch, channels * (taps + 1), 1, rows * columns))
+    for window, tap, neighbour, centre in walk(height, width, geometry):
+        for channel in range(channels):
+            if centre is not None:
+                out[:, channel, 0, window] = x1[:, channel, *centre]
+            if neighbour is not None:
+                place = channels + channel * taps + tap
+                out[:, place, 0, window] = x2[:, channel, *neighbour]
+    return out
+
+
+def concatenation_gradients(
+    x1: Array, x2: Array, grad: Array, geometry: Geometry
+) -> tuple[Array, Array]:
+    grad1, grad2 = np.zeros_like(x1), np.zeros_like(x2)
+    channels, taps = x1.shape[1], geometry.kernel_size**2
+    for window, tap, neighbour, centre in walk(x1.shape[2], x1.shape[3], geometry):
+        for channel in range(channels):
+            if centre is not None and tap == 0:  # once for a window
+                grad1[:, channel, *centre] += grad[:, channel, 0, window]
+            if neighbour is not None:
+                place = channels + channel * taps + tap
+                grad2[:, channel, *neighbour] += grad[:, place, 0, window]
+    return grad1, grad2
+
+
 def aggregation(x: Array, w: Array, geometry: Geometry) -> Array:
     batch, channels, height, width = x.shape
     rows, columns = output_size(height, width, geometry)

@@ -84,7 +84,12 @@ def test_a_backend_that_is_not_to_be_had(variable: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     "call",
-    ["aggregation(x, torch.ones(1, 1, 9, 4), 3)", "subtraction2(x, x, 3)", "subtraction(x, 3)"],
+    [
+        "aggregation(x, torch.ones(1, 1, 9, 4), 3)",
+        "concatenation(x, x, 3)",
+        "subtraction2(x, x, 3)",
+        "subtraction(x, 3)",
+    ],
 )
 def test_no_operator_runs_on_a_cpu_when_the_kernels_are_asked_for(call: str) -> None:
     program = (

@@ -9,7 +9,7 @@ import torch
 from op_cases import DEVICES
 from torch import Tensor
 
-from sanctl_ops import aggregation, subtraction, subtraction2
+from sanctl_ops import aggregation, concatenation, subtraction, subtraction2
 
 SHAPE = (2, 4, 6, 5)
 WEIGHTS = (2, 2, 9, 30)
@@ -41,9 +41,10 @@ GEOMETRIES = [
     [
         lambda x, **geometry: subtraction(x, **geometry),
         lambda x, **geometry: subtraction2(x, x, **geometry),
+        lambda x, **geometry: concatenation(x, x, **geometry),
         lambda x, **geometry: aggregation(x, weights(), **geometry),
     ],
-    ids=["subtraction", "subtraction2", "aggregation"],
+    ids=["subtraction", "subtraction2", "concatenation", "aggregation"],
 )
 def test_geometry(operator: Callable[..., Tensor], geometry: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as raised:
@@ -68,6 +69,20 @@ def test_geometry(operator: Callable[..., Tensor], geometry: dict[str, Any], mes
         ),
         (
             lambda: subtraction2(image(), image(device="meta"), 3),
+            ["different devices", "cpu and meta", "(2, 4, 6, 5)"],
+        ),
+        (lambda: concatenation(image((6, 5)), image(), 3), ["x1 must", "2-d", "(6, 5)"]),
+        (lambda: concatenation(image(), image((6, 5)), 3), ["x2 must", "2-d", "(6, 5)"]),
+        (
+            lambda: concatenation(image(), image((2, 3, 6, 5)), 3),
+            ["differ in shape", "(2, 4, 6, 5)", "(2, 3, 6, 5)"],
+        ),
+        (
+            lambda: concatenation(image(), image(dtype=torch.float64), 3),
+            ["differ in dtype", "float32 and float64", "(2, 4, 6, 5)"],
+        ),
+        (
+            lambda: concatenation(image(), image(device="meta"), 3),
             ["different devices", "cpu and meta", "(2, 4, 6, 5)"],
         ),
         (lambda: aggregation(image((6, 5)), weights(), 3), ["x must", "2-d", "(6, 5)"]),

@@ -52,7 +52,7 @@ def test_agrees_with_the_loops(operator: Operator, case: Case, device: str) -> N
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("name", ["subtraction2", "aggregation"])
+@pytest.mark.parametrize("name", ["subtraction2", "concatenation", "aggregation"])
 @each_device
 def test_every_dtype_rounds_once(name: str, dtype: torch.dtype, device: str) -> None:
     operator = OPERATORS[name]

@@ -8,7 +8,7 @@ from op_cases import CASES, DEVICES, OPERATORS, Case, laid_out, make_inputs
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sanctl_ops import aggregation, subtraction, subtraction2
+from sanctl_ops import aggregation, concatenation, subtraction, subtraction2
 
 CHECKED = [
     case
@@ -33,12 +33,12 @@ each_device = pytest.mark.parametrize("device", DEVICES)
 def fresh_compiler() -> Iterator[None]:
     """Without what earlier runs compiled: the caches do not see a change in an operator."""
     torch.compiler.reset()
-    with torch.compiler.config.patch(force_disable_caches=True):
+    with torch.compiler.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
         yield
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("name", ["subtraction2", "aggregation"])
+@pytest.mark.parametrize("name", ["subtraction2", "concatenation", "aggregation"])
 @each_checked
 @each_device
 def test_opcheck(name: str, case: Case, device: str) -> None:
@@ -57,23 +57,28 @@ def test_opcheck_of_the_backward(case: Case, device: str) -> None:
         (grad, x.detach(), w.detach(), *case.geometry),
         test_utils=("test_schema", "test_faketensor"),
     )
-    relation_shape = (case.batch, case.channels, *case.weight_shape[2:])
-    torch.library.opcheck(
-        torch.ops.sanctl.subtraction2_backward,
-        (
-            laid_out(relation_shape, case.layout).to(device),
-            *case.image_shape[2:],
-            case.layout == "channels_last",
-            *case.geometry,
-        ),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    taps, windows = case.weight_shape[2:]
+    for operator, relation_shape in (
+        (torch.ops.sanctl.subtraction2_backward, (case.channels, taps, windows)),
+        (torch.ops.sanctl.concatenation_backward, (case.channels * (taps + 1), 1, windows)),
+    ):
+        torch.library.opcheck(
+            operator,
+            (
+                laid_out((case.batch, *relation_shape), case.layout).to(device),
+                *case.image_shape[2:],
+                case.layout == "channels_last",
+                *case.geometry,
+            ),
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, position: Tensor) -> Tensor:
-    """Chain all three operators as a self-attention layer does."""
+    """Chain all operators as self-attention layers do."""
     relation = subtraction2(query, key, 3, padding=1) + subtraction(position, 3, padding=1)
-    return aggregation(value * 2, relation, 3, padding=1)
+    patch = concatenation(query, key, 3, padding=1)[:, query.shape[1] :].view_as(relation)
+    return aggregation(value * 2, relation * patch, 3, padding=1)
 
 
 def attention_inputs(device: str) -> list[Tensor]:
@@ -109,7 +114,11 @@ def test_flops(name: str) -> None:
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
     batch, channels, taps, windows = 2, 4, 9, 3 * 3
-    per_term = 2 if name == "aggregation" else 1
-    expected = per_term * batch * channels * taps * windows
-    assert forward.get_total_flops() == expected
-    assert backward.get_total_flops() == 2 * expected
+    terms = batch * channels * taps * windows
+    expected = {
+        "subtraction": (terms, 2 * terms),
+        "subtraction2": (terms, 2 * terms),
+        "concatenation": (0, terms + batch * channels * windows),
+        "aggregation": (2 * terms, 4 * terms),
+    }
+    assert (forward.get_total_flops(), backward.get_total_flops()) == expected[name]
