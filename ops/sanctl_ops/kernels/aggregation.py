@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sanctl_ops.kernels import aggregation_mma
 from sanctl_ops.kernels.geometry import (
     reflects,
     rows_of_tile,
@@ -35,6 +36,8 @@ class _Tiling:
 
 def forward(window: Window, x: Tensor, w: Tensor, out: Tensor) -> None:
     """Write the weighted sums, (N, C, Ho, Wo) in any layout."""
+    if aggregation_mma.forward(window, x, w, out):
+        return
     batch, channels, height, width = x.shape
     shared_by = channels // w.shape[1]
     geometry = window_argument(window, height, width)
@@ -91,6 +94,8 @@ def forward(window: Window, x: Tensor, w: Tensor, out: Tensor) -> None:
 
 def weight_gradient(window: Window, grad: Tensor, x: Tensor, grad_w: Tensor) -> None:
     """Write the gradient of the weights, contiguous (N, Cw, K*K, P)."""
+    if aggregation_mma.weight_gradient(window, grad, x, grad_w):
+        return
     batch, weight_channels, taps, windows = grad_w.shape
     shared_by = x.shape[1] // weight_channels
     geometry = window_argument(window, *x.shape[2:])
@@ -146,6 +151,8 @@ def weight_gradient(window: Window, grad: Tensor, x: Tensor, grad_w: Tensor) -> 
 
 def input_gradient(window: Window, grad: Tensor, w: Tensor, grad_x: Tensor) -> None:
     """Write the gradient of x, (N, C, H, W) in any layout."""
+    if aggregation_mma.input_gradient(window, grad, w, grad_x):
+        return
     batch, channels, height, width = grad_x.shape
     shared_by = channels // w.shape[1]
     geometry = window_argument(window, height, width)

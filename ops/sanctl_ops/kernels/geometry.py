@@ -64,12 +64,12 @@ def same_kernel_size(window: Window) -> int:
     return k if same and k in SAME_KERNEL_SIZES else 0
 
 
-def vector_width(width: int, *tensors: Tensor) -> int:
-    """Return how many pixels of a row one access may move: 4, 2 or 1.
+def vector_width(width: int, *tensors: Tensor, widest: int = 4) -> int:
+    """Return how many pixels of a row one access may move: a power of two up to `widest`.
 
     It divides the row, moves at most 16 bytes, and keeps the accesses to all `tensors` aligned.
     """
-    for vector in (4, 2):
+    for vector in (v for v in (8, 4, 2) if v <= widest):
         if width % vector == 0 and all(_aligned(x, vector) for x in tensors):
             return vector
     return 1

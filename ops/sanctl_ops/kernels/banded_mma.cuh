@@ -1,0 +1,173 @@
+// Sums over windows as products of small matrices, for 16-bit values on tensor cores.
+//
+// The K taps of a row of windows are a band: the sum of pixel r takes columns r to r + K - 1. For 16
+// pixels that is a product of a 16 x 24 matrix, which holds the weights on K diagonals and zeros
+// elsewhere, and of a 24 x 8 matrix of the columns of 8 channels. A warp makes such a product by one
+// instruction for the first 16 columns and one for the last 8, accumulating in float. Fragments are
+// laid out as the PTX manual describes mma.m16n8k16, mma.m16n8k8 and ldmatrix.
+//
+// A weight of zero times an infinity is NaN: where an input is not finite, so are its neighbours'
+// results, beyond the windows that it lies in.
+#pragma once
+
+#include "window.cuh"
+
+constexpr int PIXELS = 16;      // of one product
+constexpr int CHANNELS = 8;     // of one product
+constexpr int PRODUCTS = 4;     // of one warp: neighbours in a row
+constexpr int SEGMENT = PRODUCTS * PIXELS;
+
+template <typename T>
+struct Mma;
+
+#define DEFINE_MMA(T, NAME)                                                                       \
+    template <>                                                                                   \
+    struct Mma<T> {                                                                               \
+        static __device__ void k16(float (&d)[4], unsigned a0, unsigned a1, unsigned a2,          \
+                                   unsigned a3, unsigned b0, unsigned b1) {                       \
+            asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                            \
+                ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                      \
+                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                  \
+                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                          \
+        }                                                                                         \
+        static __device__ void k8(float (&d)[4], unsigned a0, unsigned a1, unsigned b0) {         \
+            asm("mma.sync.aligned.m16n8k8.row.col.f32." NAME "." NAME                             \
+                ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"                               \
+                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                  \
+                : "r"(a0), "r"(a1), "r"(b0));                                                     \
+        }                                                                                         \
+    };
+
+DEFINE_MMA(Half, "f16")
+DEFINE_MMA(BFloat16, "bf16")
+#undef DEFINE_MMA
+
+__device__ inline unsigned shared_address(const void* pointer) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// Four 8 x 8 matrices; lane l gives the address of 8 elements, row l % 8 of matrix l / 8.
+template <bool TRANSPOSED>
+__device__ inline void load_matrices(const void* row, unsigned (&matrices)[4]) {
+    if (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+                     : "r"(shared_address(row))
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+                     : "r"(shared_address(row))
+                     : "memory");
+}
+
+// The elements of the band that one lane holds: of rows l / 4 and l / 4 + 8, in columns 2 * (l % 4)
+// and the next one modulo 8. Each has at most one diagonal, the same for both rows.
+template <int K>
+struct Band {
+    int row;            // l / 4
+    int diagonal[2];    // 0 where there is none
+    int block[2];       // the column is that modulo 8 plus 8 * block for row l / 4
+    bool inside[2];
+    unsigned mask[2];   // keeps of a pair of columns what lies in block 0, and in block 1
+
+    __device__ explicit Band(int lane) {
+        row = lane / 4;
+        mask[0] = mask[1] = 0;
+#pragma unroll
+        for (int p = 0; p < 2; ++p) {
+            const int apart = lane % 4 * 2 + p - row;
+            block[p] = apart < 0;
+            diagonal[p] = apart < 0 ? apart + 8 : apart;
+            inside[p] = diagonal[p] < K;
+            const unsigned half = inside[p] ? p == 0 ? 0x0000ffffu : 0xffff0000u : 0;
+            mask[0] |= block[p] ? 0 : half;
+            mask[1] |= block[p] ? half : 0;
+            if (!inside[p]) diagonal[p] = 0;
+        }
+    }
+
+    // Adds (band of weights) * (columns of 8 channels); weights of row l / 4, and of row l / 4 + 8.
+    template <typename T>
+    __device__ void multiply(float (&sums)[4], unsigned upper, unsigned lower,
+                             const unsigned (&columns)[4]) const {
+        Mma<T>::k16(sums, upper & mask[0], 0, upper & mask[1], lower & mask[0], columns[0],
+                    columns[1]);
+        Mma<T>::k8(sums, 0, lower & mask[1], columns[2]);
+    }
+};
+
+template <typename T>
+__device__ inline unsigned pair(T low, T high) {
+    return low.bits | static_cast<unsigned>(high.bits) << 16;
+}
+
+// Copies V elements to shared memory, not waiting for them where the hardware can do without.
+template <int V, typename T>
+__device__ inline void copy_async(T* to, const T* from) {
+    if (V * sizeof(T) == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+                     : "memory");
+    else if (V * sizeof(T) >= 4)
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from),
+                     "n"(V * sizeof(T) >= 4 ? V * sizeof(T) : 4)
+                     : "memory");
+    else
+        *to = *from;
+}
+
+__device__ inline void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most PENDING of the thread's groups of copies are under way.
+template <int PENDING>
+__device__ inline void wait_for_groups() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Stages `lines` rows of `group` planes from row `first` on: row i of plane g at staged + g *
+// plane_pitch + i * pitch, its pixels from column `margin` on. Rows outside are reflected or zero,
+// and so are RADIUS columns on both sides; all other columns, and the planes from `group` on, are 0.
+template <bool REFLECT, int RADIUS, int V, typename T>
+__device__ inline void stage_planes(const T* planes, long long plane_stride, const Strides& strides,
+                                    const Window& window, int group, int first, int lines, int margin,
+                                    int pitch, int plane_pitch, T* staged) {
+    constexpr int AT_ONCE = 4;
+    const int vectors = window.width / V, items = group * lines * vectors;
+    auto* cleared = reinterpret_cast<Vector<T, 8>*>(staged);
+    for (int i = threadIdx.x; i < CHANNELS * plane_pitch / 8; i += blockDim.x) cleared[i] = {};
+    __syncthreads();
+    for (int begin = threadIdx.x; begin < items; begin += AT_ONCE * blockDim.x) {
+        Vector<T, V> values[AT_ONCE];
+        int to[AT_ONCE];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k) {
+            const int item = begin + k * blockDim.x, line = item / vectors;
+            const int column = item % vectors * V, g = line / lines;
+            const int y = source<REFLECT>(first + line % lines, window.height);
+            to[k] = -1;
+            // Rows below the last tile's windows are not used; they only must not be read.
+            if (item >= items || y < 0 || y >= window.height) continue;
+            to[k] = g * plane_pitch + line % lines * pitch + margin + column;
+            const T* from = planes + g * plane_stride + y * strides.h + column * strides.w;
+            if (strides.w == 1)
+                values[k] = *reinterpret_cast<const Vector<T, V>*>(from);
+            else
+#pragma unroll
+                for (int e = 0; e < V; ++e) values[k].at[e] = from[e * strides.w];
+        }
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k)
+            if (to[k] >= 0)
+#pragma unroll
+                for (int e = 0; e < V; ++e) staged[to[k] + e] = values[k].at[e];
+    }
+    __syncthreads();
+    if (!REFLECT || RADIUS == 0) return;
+    for (int i = threadIdx.x; i < group * lines * 2 * RADIUS; i += blockDim.x) {
+        const int side = i % (2 * RADIUS), line = i / (2 * RADIUS);
+        const int column = side < RADIUS ? side - RADIUS : window.width + side - RADIUS;
+        T* row = staged + line / lines * plane_pitch + line % lines * pitch + margin;
+        row[column] = row[source<true>(column, window.width)];
+    }
+    __syncthreads();
+}
