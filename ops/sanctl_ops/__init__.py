@@ -1,13 +1,15 @@
 """Operators of local self-attention over K x K windows, for CPU and CUDA tensors.
 
 `subtraction`, `subtraction2`, `concatenation` and `aggregation` make up the self-attention networks
-of Zhao, Jia and Koltun, "Exploring Self-attention for Image Recognition" (CVPR 2020). They are
-custom operators (`torch.ops.sanctl`): torch.compile passes through them, forward and backward,
-without a graph break, and torch's FLOP counter knows them.
+of Zhao, Jia and Koltun, "Exploring Self-attention for Image Recognition" (CVPR 2020), and
+`batch_norm_relu` serves the layers that make their weights. They are custom operators
+(`torch.ops.sanctl`): torch.compile passes through them, forward and backward, without a graph
+break. torch's FLOP counter knows the first four, and counts no batch normalisation of any kind.
 """
 
 from sanctl_ops.aggregation import aggregation
 from sanctl_ops.backend import BackendError, Choice, choose_backend, requested_backend, set_backend
+from sanctl_ops.batch_norm_relu import batch_norm_relu
 from sanctl_ops.concatenation import concatenation
 from sanctl_ops.subtraction import subtraction
 from sanctl_ops.subtraction2 import subtraction2
@@ -16,6 +18,7 @@ __all__ = [
     "BackendError",
     "Choice",
     "aggregation",
+    "batch_norm_relu",
     "choose_backend",
     "concatenation",
     "requested_backend",

@@ -12,6 +12,11 @@ def check_image(name: str, x: Tensor) -> None:
     """Raise ValueError unless x is a 4-d tensor of a floating-point type the operators know."""
     if x.dim() != 4:
         raise ValueError(f"{name} must be (N, C, H, W), got {x.dim()}-d {_shape(x)}")
+    check_dtype(name, x)
+
+
+def check_dtype(name: str, x: Tensor) -> None:
+    """Raise ValueError unless x is of a floating-point type the operators know."""
     if x.dtype not in DTYPES:
         known = ", ".join(_name(dtype) for dtype in DTYPES)
         raise ValueError(f"{name} {_shape(x)} is {_name(x.dtype)}; supported are {known}")
@@ -23,6 +28,11 @@ def check_alike(name1: str, x1: Tensor, name2: str, x2: Tensor) -> None:
     if x1.dtype != x2.dtype:
         dtypes = f"{_name(x1.dtype)} and {_name(x2.dtype)}"
         raise ValueError(f"{name1} {_shape(x1)} and {name2} {_shape(x2)} differ in dtype: {dtypes}")
+    check_device(name1, x1, name2, x2)
+
+
+def check_device(name1: str, x1: Tensor, name2: str, x2: Tensor) -> None:
+    """Raise ValueError unless the two tensors lie on one device."""
     if x1.device != x2.device:
         raise ValueError(
             f"{name1} {_shape(x1)} and {name2} {_shape(x2)} lie on different devices: "
@@ -68,6 +78,16 @@ def check_weights(window: Window, x: Tensor, w: Tensor) -> None:
             f"the {w.shape[1]} channels of w {_shape(w)} do not divide "
             f"the {channels} channels of x {_shape(x)}"
         )
+
+
+def check_channel_values(name: str, values: Tensor, x: Tensor) -> None:
+    """Raise ValueError unless `values` has a known type and one value per channel, beside x."""
+    if values.dim() != 1 or values.shape[0] != x.shape[1]:
+        raise ValueError(
+            f"{name} must be (C,) = ({x.shape[1]},) for x {_shape(x)}, got {_shape(values)}"
+        )
+    check_dtype(name, values)
+    check_device("x", x, name, values)
 
 
 def _shape(x: Tensor) -> str:

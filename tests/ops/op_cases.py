@@ -162,11 +162,11 @@ def make_inputs(
     """Draw the inputs of a case, as leaves that require gradients."""
     torch.manual_seed(0)
     drawn = [laid_out(shape, case.layout) for shape in operator.input_shapes(case)]
-    # `to` keeps the strides of dense tensors only; a sliced one is copied onto its own strides.
-    return [_moved(x, device, dtype).requires_grad_() for x in drawn]
+    return [moved(x, device, dtype).requires_grad_() for x in drawn]
 
 
-def _moved(x: Tensor, device: str, dtype: torch.dtype) -> Tensor:
+def moved(x: Tensor, device: str, dtype: torch.dtype) -> Tensor:
+    """Copy a tensor with its strides, of which `to` keeps those of dense tensors only."""
     extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
     storage = torch.zeros(max(extent, 0), dtype=dtype, device=device)
     return storage.as_strided(x.shape, x.stride()).copy_(x)

@@ -90,6 +90,12 @@ struct Normalisation {
     __device__ A output(A x) const { return normalised(x) * weight + bias; }
 };
 
+// Whether ReLU lets a value through; a NaN it does, unlike max(), which would hide it.
+template <typename A>
+__device__ inline bool passes(A output) {
+    return !(output <= 0);
+}
+
 template <typename A>
 __device__ inline Normalisation<A> of_channel(int c, const A* mean, const A* deviation,
                                               const A* weight, const A* bias) {
@@ -130,7 +136,8 @@ __global__ void join_moments(const Moments* partials, A* mean, A* variance, A* d
                              int parts) {
     const Moments all = join_parts(partials + blockIdx.x * parts, parts);
     if (threadIdx.x > 0) return;
-    const double biased = max(all.squares, 0.0) / all.count;
+    // Rounding may leave less than 0; a NaN is to stay one.
+    const double biased = (all.squares < 0 ? 0 : all.squares) / all.count;
     mean[blockIdx.x] = all.mean;
     variance[blockIdx.x] = biased;
     deviation[blockIdx.x] = rsqrt(biased + eps);
@@ -156,7 +163,10 @@ __global__ void normalise(const T* x, T* out, const computed_t<T>* mean,
         A values[V];
         load<V>(x + at, values);
 #pragma unroll
-        for (int e = 0; e < V; ++e) values[e] = max(channel.output(values[e]), A(0));
+        for (int e = 0; e < V; ++e) {
+            const A output = channel.output(values[e]);
+            values[e] = passes(output) ? output : A(0);
+        }
         store<V>(out + at, values);
     });
 }
@@ -175,7 +185,7 @@ __global__ void slope_sums(const T* grad, const T* x, const computed_t<T>* mean,
         load<V>(grad + at, gradients);
 #pragma unroll
         for (int e = 0; e < V; ++e) {
-            const A slope = channel.output(values[e]) > 0 ? gradients[e] : A(0);
+            const A slope = passes(channel.output(values[e])) ? gradients[e] : A(0);
             slopes += slope;
             products += slope * channel.normalised(values[e]);
         }
@@ -210,7 +220,7 @@ __global__ void input_gradient(const T* grad, const T* x, T* grad_x, const compu
         load<V>(grad + at, gradients);
 #pragma unroll
         for (int e = 0; e < V; ++e) {
-            const A slope = channel.output(values[e]) > 0 ? gradients[e] : A(0);
+            const A slope = passes(channel.output(values[e])) ? gradients[e] : A(0);
             values[e] = scale * (slope - mean_slope - channel.normalised(values[e]) * mean_product);
         }
         store<V>(grad_x + at, values);

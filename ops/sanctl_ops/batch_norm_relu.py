@@ -1,0 +1,119 @@
+"""Batch normalisation by the batch's own statistics, followed by ReLU."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sanctl_ops.backend import runs_kernels
+from sanctl_ops.checks import check_channel_values, check_image
+from sanctl_ops.kernels import batch_norm_relu as kernels
+from sanctl_ops.window import accumulation_dtype
+
+
+def batch_norm_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise every channel by its mean and variance in x, scale, shift, and cut off below zero.
+
+    `out = max(0, (x - mean) / sqrt(var + eps) * weight + bias)`, as batch normalisation does while
+    training (Ioffe and Szegedy, ICML 2015, algorithm 1) with a ReLU behind it. A NaN stays one. The
+    CUDA kernels are made for few channels with large planes, which torch's own spread over few
+    multiprocessors. Two runs give the same bits.
+
+    Args:
+        x: (N, C, H, W), not empty; float16, bfloat16, float32 or float64, in any memory layout.
+        weight: (C,), of any of these dtypes: float32 beside a 16-bit x is usual.
+        bias: (C,), like weight.
+        eps: what is added to the variance.
+
+    Returns:
+        The output, (N, C, H, W), contiguous, of x's dtype; the mean and the biased variance of
+        every channel, (C,), in float64 if x is, else in float32. Gradients flow from the output to
+        x (contiguous), weight and bias; the mean and the variance have none.
+
+    Raises:
+        ValueError: x is not 4-d, empty, or of another type; weight or bias is not (C,), of another
+            type or on another device than x.
+        BackendError: the CuPy kernels are asked for by name and cannot run on x's device.
+    """
+    check_image("x", x)
+    if x.numel() == 0:
+        raise ValueError(f"x {tuple(x.shape)} has no values to normalise")
+    check_channel_values("weight", weight, x)
+    check_channel_values("bias", bias, x)
+    out, mean, variance, _ = _batch_norm_relu(x, weight, bias, eps)
+    return out, mean, variance
+
+
+@torch.library.custom_op("sanctl::batch_norm_relu", mutates_args=())
+def _batch_norm_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the output, and each channel's mean, biased variance and inverse deviation."""
+    x = x.contiguous()
+    weight, bias = _converted(x, weight, bias)
+    if runs_kernels(x.device) and kernels.fits(x):
+        return kernels.forward(x, weight, bias, eps)
+    # Unlike batch_norm's, these sums stay accurate where the mean is far from zero.
+    variance, mean = torch.var_mean(x.to(weight.dtype), (0, 2, 3), correction=0)
+    out, *_ = torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)
+    return out.relu_(), mean, variance, (variance + eps).rsqrt()
+
+
+@_batch_norm_relu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, variance, deviation = (
+        weight.new_empty(weight.shape, dtype=accumulation_dtype(x.dtype)) for _ in range(3)
+    )
+    return x.new_empty(x.shape), mean, variance, deviation
+
+
+@torch.library.custom_op("sanctl::batch_norm_relu_backward", mutates_args=())
+def _batch_norm_relu_backward(
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    deviation: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, x = grad.contiguous(), x.contiguous()
+    wide = _converted(x, weight, bias)
+    if runs_kernels(x.device) and kernels.fits(x, grad):
+        # Whether an output was positive is computed again: that is cheaper than reading it.
+        grad_x, *gradients = kernels.backward(grad, x, *wide, mean, deviation)
+    else:
+        slope = torch.ops.aten.threshold_backward(grad, out, 0)
+        grad_x, *gradients = torch.ops.aten.native_batch_norm_backward(
+            slope, x, wide[0], None, None, mean, deviation, True, 0.0, [True] * 3
+        )
+    return grad_x, gradients[0].to(weight.dtype), gradients[1].to(bias.dtype)
+
+
+@_batch_norm_relu_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, out: Tensor, weight: Tensor, bias: Tensor, *statistics: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+def _converted(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weight and bias as the sums over x are kept."""
+    dtype = accumulation_dtype(x.dtype)
+    return weight.to(dtype).contiguous(), bias.to(dtype).contiguous()
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, _ = inputs
+    out, mean, variance, deviation = output
+    ctx.mark_non_differentiable(mean, variance, deviation)
+    ctx.save_for_backward(x, out, weight, bias, mean, deviation)
+
+
+def _differentiate(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *_batch_norm_relu_backward(grad, *ctx.saved_tensors), None
+
+
+_batch_norm_relu.register_autograd(_differentiate, setup_context=_save)
