@@ -1,12 +1,15 @@
 // out[n, c, i] = sum_j w[n, c % Cw, j, i] * x[n, c, nbr(i, j)] and its two gradients.
 //
-// The kernels named *_same take windows of stride 1 and padding K / 2 and contiguous weights. Their
-// blocks run over (image, weight channel, tile of rows); threads own V neighbouring pixels of a row
-// and serve all channels that share a weight, so that every weight is read or written once.
+// The kernels named *_same take windows of stride 1 and padding K / 2, contiguous weights, and at
+// most 8 channels to a weight. Their blocks run over (image, weight channel, tile of rows); threads
+// own V neighbouring pixels of a row and serve all channels that share a weight, so that every
+// weight is read or written once. Weights are copied to shared memory ahead of their use.
+#include "async_copy.cuh"
 #include "window_gradient.cuh"
 
-// The channels that one pass over the weights serves: each keeps its sums in registers.
-constexpr int CHANNELS_AT_ONCE = 8;
+constexpr int CHANNELS = 8;   // that share a weight, at most: each keeps its sums in registers
+constexpr int THREADS = 128;  // of a block, at most
+constexpr int STAGES = 2;     // rows of taps under way or in use
 
 struct Tile {
     long long n;
@@ -26,77 +29,85 @@ struct Tile {
     }
 };
 
+// Rows of taps on their way to one thread: slot s has K vectors, which no other thread reads.
+template <typename T, int K, int V>
+struct Ring {
+    T* own;
+
+    __device__ explicit Ring(void* shared) : own(static_cast<T*>(shared) + threadIdx.x * V) {}
+
+    static __device__ int elements() { return STAGES * K * blockDim.x * V; }
+
+    __device__ T* at(int slot, int kx) const { return own + (slot * K + kx) * blockDim.x * V; }
+
+    // `from` is the first tap's vector; the other taps' follow `plane` elements apart.
+    __device__ void fetch(int slot, const T* from, int plane) const {
+#pragma unroll
+        for (int kx = 0; kx < K; ++kx)
+            copy_async<V>(at(slot, kx), from + static_cast<long long>(kx) * plane);
+    }
+};
+
 // A line of the staged tile, in elements: what the last thread reads, V at a time.
 template <int K, int V>
 __device__ inline int staged_width(int width) {
     return width - V + (V + K - 2) / V * V + V;
 }
 
-// Copies lines of `group` planes, all of `lines` from row `first` on, into shared memory, at column
-// `margin` of lines of `pitch` elements. Rows outside the plane are reflected or zero. Threads own V
-// columns, and have several loads under way before they wait for the first.
-template <bool REFLECT, int V, typename T, typename A>
+// Writes what the margins of a staged row take from this thread's V pixels of it.
+template <bool REFLECT, int RADIUS, int V, typename A>
+__device__ inline void fill_margins(A* row, int column, int width, const A (&values)[V]) {
+    if (REFLECT && (column <= RADIUS || column + V >= width - RADIUS)) {
+#pragma unroll
+        for (int e = 0; e < V; ++e)
+#pragma unroll
+            for (int which = 1; which < IMAGES<REFLECT>; ++which) {
+                int position;
+                if (image<REFLECT>(column + e, width, RADIUS, which, position))
+                    row[position] = values[e];
+            }
+    }
+    if (!REFLECT)
+#pragma unroll
+        for (int i = 0; i < RADIUS; ++i) {
+            if (column == 0) row[-1 - i] = 0;
+            if (column + V == width) row[width + i] = 0;
+        }
+}
+
+// Copies lines of `group` planes, `lines` of each from row `first` on, into shared memory, at column
+// RADIUS of lines of `pitch` elements. Rows outside the plane are reflected or zero, and so are
+// RADIUS columns on both sides. Threads own V columns, and have several loads under way before they
+// wait for the first.
+template <bool REFLECT, int RADIUS, int V, typename T, typename A>
 __device__ inline void stage(const T* planes, long long plane_stride, const Strides& strides,
                              const Window& window, int group, int first, int lines, int rows,
-                             int margin, int pitch, A* staged) {
+                             int pitch, A* staged) {
     constexpr int AT_ONCE = 4;
-    const int vectors = window.width / V;
+    const int width = window.width, vectors = width / V;
     const int own_line = threadIdx.x / vectors, column = threadIdx.x % vectors * V;
-    if (own_line >= rows) return;
-    int g = 0, line = own_line;
-    while (g < group) {
+    for (int begin = own_line; own_line < rows && begin < group * lines; begin += AT_ONCE * rows) {
         A values[AT_ONCE][V];
-        int to[AT_ONCE];
 #pragma unroll
         for (int k = 0; k < AT_ONCE; ++k) {
-            to[k] = -1;
-            if (g < group) {
-                to[k] = (g * lines + line) * pitch + margin + column;
-                const int y = source<REFLECT>(first + line, window.height);
-                // Rows below the last tile's windows are not used; they only must not be read.
-                if (y >= 0 && y < window.height)
-                    load_row<V>(planes + g * plane_stride + y * strides.h + column * strides.w,
-                                strides.w, values[k]);
-                else
+            const int index = begin + k * rows, g = index / lines;
+            const int y = source<REFLECT>(first + index - g * lines, window.height);
 #pragma unroll
-                    for (int e = 0; e < V; ++e) values[k][e] = 0;
-            }
-            line += rows;
-            if (line >= lines) {
-                line -= lines;
-                ++g;
-            }
+            for (int e = 0; e < V; ++e) values[k][e] = 0;
+            // Rows below the last tile's windows are not used; they only must not be read.
+            if (index < group * lines && y >= 0 && y < window.height)
+                load_row<V>(planes + g * plane_stride + y * strides.h + column * strides.w,
+                            strides.w, values[k]);
         }
 #pragma unroll
-        for (int k = 0; k < AT_ONCE; ++k)
-            if (to[k] >= 0)
+        for (int k = 0; k < AT_ONCE; ++k) {
+            if (begin + k * rows >= group * lines) break;
+            A* row = staged + (begin + k * rows) * pitch + RADIUS;
 #pragma unroll
-                for (int e = 0; e < V; ++e) staged[to[k] + e] = values[k][e];
+            for (int e = 0; e < V; ++e) row[column + e] = values[k][e];
+            fill_margins<REFLECT, RADIUS, V>(row, column, width, values[k]);
+        }
     }
-}
-
-// Fills the margins of K / 2 columns on both sides of staged lines.
-template <bool REFLECT, int K, typename A>
-__device__ inline void fill_margins(A* staged, int lines, int width, int pitch) {
-    for (int i = threadIdx.x; i < lines * (K - 1); i += blockDim.x) {
-        const int side = i % (K - 1);
-        const int column = side < K / 2 ? side : width + side;
-        const int from = source<REFLECT>(column - K / 2, width);
-        A* line = staged + i / (K - 1) * pitch;
-        line[column] = from >= 0 ? line[from + K / 2] : A(0);
-    }
-}
-
-// Stages the rows of x that a tile's windows reach, padding included, for all `group` channels.
-template <bool REFLECT, int K, int V, typename T, typename A>
-__device__ inline void stage_windows(const T* x, const Strides& strides, const Window& window,
-                                     int weight_channels, int group, int top, int rows, A* staged) {
-    const int lines = rows + K - 1, pitch = staged_width<K, V>(window.width);
-    stage<REFLECT, V>(x, weight_channels * strides.c, strides, window, group, top - K / 2, lines,
-                      rows, K / 2, pitch, staged);
-    __syncthreads();
-    fill_margins<REFLECT, K>(staged, group * lines, window.width, pitch);
-    __syncthreads();
 }
 
 // What a row of K taps reads in V neighbouring windows.
@@ -111,80 +122,95 @@ __device__ inline void read_staged(const A* line, A (&values)[(V + K - 2) / V * 
 }
 
 template <typename T, bool REFLECT, int K, int V>
-__global__ void aggregation_same(const T* x, Strides sx, const T* w, T* out, Strides so,
-                                 Window window, int weight_channels, int group, int tiles,
-                                 int rows) {
+__global__ void __launch_bounds__(THREADS)
+    aggregation_same(const T* x, Strides sx, const T* w, T* out, Strides so, Window window,
+                     int weight_channels, int group, int tiles, int rows) {
     using A = computed_t<T>;
     extern __shared__ double shared[];
-    A* staged = reinterpret_cast<A*>(shared);
     const int width = window.width, height = window.height, plane = height * width;
     const Tile tile(weight_channels, tiles, rows, width, height, V);
-    stage_windows<REFLECT, K, V>(x + tile.n * sx.n + tile.weight_channel * sx.c, sx, window,
-                                 weight_channels, group, tile.top, rows, staged);
-    if (!tile.active) return;
-    const int pitch = staged_width<K, V>(width), lines = rows + K - 1;
+    const Ring<T, K, V> ring(shared);
+    A* staged = reinterpret_cast<A*>(static_cast<T*>(static_cast<void*>(shared)) + ring.elements());
     const T* weights = w + (tile.n * weight_channels + tile.weight_channel) * K * K * plane +
                        tile.row * width + tile.column;
-    for (int first = 0; first < group; first += CHANNELS_AT_ONCE) {
-        A sums[CHANNELS_AT_ONCE][V] = {};
+    const auto fetch = [&](int ky) {
+        if (ky < K && tile.active)
+            ring.fetch(ky % STAGES, weights + static_cast<long long>(ky) * K * plane, plane);
+        end_group();
+    };
+#pragma unroll
+    for (int ky = 0; ky < STAGES - 1; ++ky) fetch(ky);
+    const int pitch = staged_width<K, V>(width), lines = rows + K - 1;
+    stage<REFLECT, K / 2, V>(x + tile.n * sx.n + tile.weight_channel * sx.c,
+                             weight_channels * sx.c, sx, window, group, tile.top - K / 2, lines,
+                             rows, pitch, staged);
+    __syncthreads();
+    if (!tile.active) return;
+    A sums[CHANNELS][V] = {};
+    const A* line = staged + (tile.row - tile.top) * pitch + tile.column;
 #pragma unroll 1
-        for (int ky = 0; ky < K; ++ky) {
-            A weight[K][V];
+    for (int ky = 0; ky < K; ++ky) {
+        fetch(ky + STAGES - 1);
+        wait_for_groups<STAGES - 1>();
+        A weight[K][V];
+#pragma unroll
+        for (int kx = 0; kx < K; ++kx) load<V>(ring.at(ky % STAGES, kx), weight[kx]);
+#pragma unroll
+        for (int g = 0; g < CHANNELS; ++g) {
+            if (g >= group) break;
+            A values[(V + K - 2) / V * V + V];
+            read_staged<K, V>(line + (g * lines + ky) * pitch, values);
 #pragma unroll
             for (int kx = 0; kx < K; ++kx)
-                load<V>(weights + static_cast<long long>(ky * K + kx) * plane, weight[kx]);
-            const A* line = staged + (first * lines + tile.row - tile.top + ky) * pitch + tile.column;
 #pragma unroll
-            for (int g = 0; g < CHANNELS_AT_ONCE; ++g) {
-                if (first + g >= group) break;
-                A values[(V + K - 2) / V * V + V];
-                read_staged<K, V>(line + g * lines * pitch, values);
-#pragma unroll
-                for (int kx = 0; kx < K; ++kx)
-#pragma unroll
-                    for (int e = 0; e < V; ++e) sums[g][e] += weight[kx][e] * values[kx + e];
-            }
-        }
-#pragma unroll
-        for (int g = 0; g < CHANNELS_AT_ONCE; ++g) {
-            if (first + g >= group) break;
-            const long long c = tile.weight_channel + (first + g) * weight_channels;
-            store_row<V>(out + tile.n * so.n + c * so.c + tile.row * so.h + tile.column * so.w, so.w,
-                         sums[g]);
+                for (int e = 0; e < V; ++e) sums[g][e] += weight[kx][e] * values[kx + e];
         }
     }
+    T* to = out + tile.n * so.n + tile.weight_channel * so.c + tile.row * so.h + tile.column * so.w;
+#pragma unroll
+    for (int g = 0; g < CHANNELS; ++g)
+        if (g < group) store_row<V>(to + g * weight_channels * so.c, so.w, sums[g]);
 }
 
 template <typename T, bool REFLECT, int K, int V>
-__global__ void aggregation_weight_gradient_same(const T* grad, Strides sg, const T* x, Strides sx,
-                                                 T* grad_w, Window window, int weight_channels,
-                                                 int group, int tiles, int rows) {
+__global__ void __launch_bounds__(THREADS)
+    aggregation_weight_gradient_same(const T* grad, Strides sg, const T* x, Strides sx, T* grad_w,
+                                     Window window, int weight_channels, int group, int tiles,
+                                     int rows) {
     using A = computed_t<T>;
     extern __shared__ double shared[];
     A* staged = reinterpret_cast<A*>(shared);
     const int width = window.width, height = window.height, plane = height * width;
     const Tile tile(weight_channels, tiles, rows, width, height, V);
-    stage_windows<REFLECT, K, V>(x + tile.n * sx.n + tile.weight_channel * sx.c, sx, window,
-                                 weight_channels, group, tile.top, rows, staged);
-    if (!tile.active) return;
+    A slopes[CHANNELS][V] = {};
+    if (tile.active) {
+        const T* from = grad + tile.n * sg.n + tile.weight_channel * sg.c + tile.row * sg.h +
+                        tile.column * sg.w;
+#pragma unroll
+        for (int g = 0; g < CHANNELS; ++g)
+            if (g < group) load_row<V>(from + g * weight_channels * sg.c, sg.w, slopes[g]);
+    }
     const int pitch = staged_width<K, V>(width), lines = rows + K - 1;
-    const T* from = grad + tile.n * sg.n + tile.weight_channel * sg.c + tile.row * sg.h +
-                    tile.column * sg.w;
+    stage<REFLECT, K / 2, V>(x + tile.n * sx.n + tile.weight_channel * sx.c,
+                             weight_channels * sx.c, sx, window, group, tile.top - K / 2, lines,
+                             rows, pitch, staged);
+    __syncthreads();
+    if (!tile.active) return;
     T* to = grad_w + (tile.n * weight_channels + tile.weight_channel) * K * K * plane +
             tile.row * width + tile.column;
+    const A* line = staged + (tile.row - tile.top) * pitch + tile.column;
 #pragma unroll 1
     for (int ky = 0; ky < K; ++ky) {
         A sums[K][V] = {};
-        const A* line = staged + (tile.row - tile.top + ky) * pitch + tile.column;
-#pragma unroll 4
-        for (int g = 0; g < group; ++g) {
-            A slope[V], values[(V + K - 2) / V * V + V];
-            load_row<V>(from + static_cast<long long>(g) * weight_channels * sg.c, sg.w, slope);
-            read_staged<K, V>(line + g * lines * pitch, values);
+#pragma unroll
+        for (int g = 0; g < CHANNELS; ++g) {
+            if (g >= group) break;
+            A values[(V + K - 2) / V * V + V];
+            read_staged<K, V>(line + (g * lines + ky) * pitch, values);
 #pragma unroll
             for (int kx = 0; kx < K; ++kx)
 #pragma unroll
-                for (int e = 0; e < V; ++e) sums[kx][e] += slope[e] * values[kx + e];
+                for (int e = 0; e < V; ++e) sums[kx][e] += slopes[g][e] * values[kx + e];
         }
 #pragma unroll
         for (int kx = 0; kx < K; ++kx)
@@ -193,7 +219,7 @@ __global__ void aggregation_weight_gradient_same(const T* grad, Strides sg, cons
 }
 
 template <typename T, bool REFLECT, int K, int V>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(THREADS, 3)
     aggregation_input_gradient_same(const T* grad, Strides sg, const T* w, T* grad_x, Strides sx,
                                     Window window, int weight_channels, int group, int tiles,
                                     int rows) {
@@ -202,58 +228,68 @@ __global__ void __launch_bounds__(256, 2)
     const int width = window.width, height = window.height, plane = height * width;
     const int lines = rows + K - 1, line_width = width + K - 1;
     const Tile tile(weight_channels, tiles, rows, width, height, V);
-    A* staged = reinterpret_cast<A*>(shared);
-    A* joined = staged + CHANNELS_AT_ONCE * lines * width;
+    const Ring<T, K, V> ring(shared);
+    A* staged = reinterpret_cast<A*>(static_cast<T*>(static_cast<void*>(shared)) + ring.elements());
     const T* weights =
         w + (tile.n * weight_channels + tile.weight_channel) * K * K * plane + tile.column;
-    for (int first = 0; first < group; first += CHANNELS_AT_ONCE) {
-        const int channels = min(group - first, CHANNELS_AT_ONCE);
-        const T* slopes = grad + tile.n * sg.n +
-                          (tile.weight_channel + static_cast<long long>(first) * weight_channels) * sg.c;
-        __syncthreads();
-        stage<false, V>(slopes, weight_channels * sg.c, sg, window, channels, tile.top - K / 2, lines,
-                        rows, 0, width, staged);
-        __syncthreads();
-        A sums[CHANNELS_AT_ONCE][V + K - 1] = {};
-#pragma unroll 1
-        for (int which = 0; which < IMAGES<REFLECT>; ++which) {
-            int position;
-            if (!tile.active || !image<REFLECT>(tile.row, height, K / 2, which, position)) continue;
-#pragma unroll 1
-            for (int ky = 0; ky < K; ++ky) {
-                const int row = position + K / 2 - ky;
-                if (row < 0 || row >= height) continue;
-                A weight[K][V];
-#pragma unroll
-                for (int kx = 0; kx < K; ++kx)
-                    load<V>(weights + static_cast<long long>(ky * K + kx) * plane + row * width,
-                            weight[kx]);
-                const A* line = staged + (row - tile.top + K / 2) * width + tile.column;
-#pragma unroll
-                for (int g = 0; g < CHANNELS_AT_ONCE; ++g) {
-                    if (g >= channels) break;
-                    A slope[V];
-                    load<V>(line + g * lines * width, slope);
-#pragma unroll
-                    for (int kx = 0; kx < K; ++kx)
-#pragma unroll
-                        for (int e = 0; e < V; ++e) sums[g][kx + e] += weight[kx][e] * slope[e];
-                }
+    // The rows of windows with a tap on this row, one (reflection, tap row) after the other.
+    int which = 0, ky = -1, position = tile.row;
+    bool more = tile.active;
+    const auto fetch_next = [&](int slot) {
+        int row = -1;
+        while (more && row < 0) {
+            if (++ky == K) {
+                ky = 0;
+                do ++which;
+                while (which < IMAGES<REFLECT> &&
+                       !image<REFLECT>(tile.row, height, K / 2, which, position));
+                more = which < IMAGES<REFLECT>;
             }
+            row = position + K / 2 - ky;
+            if (!more || row >= height) row = -1;
         }
+        if (row >= 0)
+            ring.fetch(slot, weights + static_cast<long long>(ky) * K * plane + row * width, plane);
+        end_group();
+        return row;
+    };
+    int row = fetch_next(0);
+    stage<false, 0, V>(grad + tile.n * sg.n + tile.weight_channel * sg.c, weight_channels * sg.c, sg,
+                       window, group, tile.top - K / 2, lines, rows, width, staged);
+    __syncthreads();
+    A sums[CHANNELS][V + K - 1] = {};
+#pragma unroll 1
+    for (int slot = 0; row >= 0; slot ^= 1) {
+        const int next = fetch_next(slot ^ 1);
+        wait_for_groups<STAGES - 1>();
+        const A* line = staged + (row - tile.top + K / 2) * width + tile.column;
+        A slopes[CHANNELS][V] = {};
 #pragma unroll
-        for (int g = 0; g < CHANNELS_AT_ONCE; ++g) {
-            if (g >= channels) break;
-            __syncthreads();
-            for (int i = threadIdx.x; i < rows * line_width; i += blockDim.x) joined[i] = 0;
-            __syncthreads();
-            join_columns<REFLECT, K, V>(sums[g], joined + (tile.row - tile.top) * line_width,
-                                        tile.column, width, tile.active);
-            if (!tile.active) continue;
-            const long long c = tile.weight_channel + (first + g) * weight_channels;
-            store_row<V>(grad_x + tile.n * sx.n + c * sx.c + tile.row * sx.h + tile.column * sx.w,
-                         sx.w, sums[g]);
+        for (int g = 0; g < CHANNELS; ++g)
+            if (g < group) load<V>(line + g * lines * width, slopes[g]);
+#pragma unroll
+        for (int kx = 0; kx < K; ++kx) {
+            A weight[V];
+            load<V>(ring.at(slot, kx), weight);
+#pragma unroll
+            for (int g = 0; g < CHANNELS; ++g)
+#pragma unroll
+                for (int e = 0; e < V; ++e) sums[g][kx + e] += weight[e] * slopes[g][e];
         }
+        row = next;
+    }
+    A* joined = staged + group * lines * width;
+    T* to = grad_x + tile.n * sx.n + tile.weight_channel * sx.c + tile.row * sx.h +
+            tile.column * sx.w;
+#pragma unroll
+    for (int g = 0; g < CHANNELS; ++g) {
+        if (g >= group) break;
+        for (int i = threadIdx.x; i < rows * line_width; i += blockDim.x) joined[i] = 0;
+        __syncthreads();
+        join_columns<REFLECT, K, V>(sums[g], joined + (tile.row - tile.top) * line_width,
+                                    tile.column, width, tile.active);
+        if (tile.active) store_row<V>(to + g * weight_channels * sx.c, sx.w, sums[g]);
+        __syncthreads();
     }
 }
 
@@ -269,10 +305,8 @@ __global__ void aggregation(const T* x, Strides sx, const T* w, Strides sw, T* o
     const int row = i / window.out_width, column = i % window.out_width;
     const T* weights = w + n * sw.n + c % weight_channels * sw.c + i * sw.w;
     A sum = 0;
-    visit_taps<REFLECT, 0, 1>(x + n * sx.n + c * sx.c, sx, window, row, column,
-                              [&](int tap, const A* value) {
-                                  sum += widen(weights[tap * sw.h]) * *value;
-                              });
+    visit_taps<REFLECT>(x + n * sx.n + c * sx.c, sx, window, row, column,
+                        [&](int tap, A value) { sum += widen(weights[tap * sw.h]) * value; });
     out[n * so.n + c * so.c + row * so.h + column * so.w] = narrow<T>(sum);
 }
 

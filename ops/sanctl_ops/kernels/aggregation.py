@@ -1,4 +1,4 @@
-"""Launches of aggregation.cu."""
+"""Launches of aggregation.cu, and of aggregation_mma.cu for the 16-bit values that it takes."""
 
 from dataclasses import dataclass
 
@@ -14,219 +14,153 @@ from sanctl_ops.kernels.geometry import (
     vector_width,
     window_argument,
 )
-from sanctl_ops.kernels.runtime import MOST_SHARED_BYTES, kernel, launch
+from sanctl_ops.kernels.runtime import MOST_SHARED_BYTES, Argument, kernel, launch
 from sanctl_ops.window import Window, accumulation_dtype
 
 SOURCE = "aggregation.cu"
 THREADS = 256
+
 # As in aggregation.cu.
-CHANNELS_AT_ONCE = 8
-
-
-@dataclass(frozen=True)
-class _Tiling:
-    """How a kernel `*_same` deals out the work; sizes in elements."""
-
-    kernel_size: int
-    vector: int
-    tiles: int
-    rows: int
-    threads: int
+CHANNELS = 8
+SAME_THREADS = 128
+STAGES = 2
 
 
 def forward(window: Window, x: Tensor, w: Tensor, out: Tensor) -> None:
     """Write the weighted sums, (N, C, Ho, Wo) in any layout."""
+    planes: tuple[Argument, ...] = (x, strides_argument(x), w)
+    result = (out, strides_argument(out))
     if aggregation_mma.forward(window, x, w, out):
         return
-    batch, channels, height, width = x.shape
-    shared_by = channels // w.shape[1]
-    geometry = window_argument(window, height, width)
-    tiling = _tiling(window, w, x, out)
-    if tiling and (staged := _staged_bytes(tiling, x, shared_by)):
-        launch(
-            kernel(
-                SOURCE,
-                "aggregation_same",
-                x.dtype,
-                reflects(window),
-                tiling.kernel_size,
-                tiling.vector,
-            ),
-            x.device,
-            batch * w.shape[1] * tiling.tiles,
-            tiling.threads,
-            (
-                x,
-                strides_argument(x),
-                w,
-                out,
-                strides_argument(out),
-                geometry,
-                w.shape[1],
-                shared_by,
-                tiling.tiles,
-                tiling.rows,
-            ),
-            staged,
-        )
+    plan = _plan(window, w, x, out)
+    if plan and plan.launch("aggregation_same", (*planes, *result), plan.ring + plan.windows):
         return
-    threads = threads_for(w.shape[3], THREADS)
-    chunks = -(-w.shape[3] // threads)
-    launch(
-        kernel(SOURCE, "aggregation", x.dtype, reflects(window)),
-        x.device,
-        batch * channels * chunks,
-        threads,
-        (
-            x,
-            strides_argument(x),
-            w,
-            strides_argument(w),
-            out,
-            strides_argument(out),
-            geometry,
-            channels,
-            w.shape[1],
-            chunks,
-        ),
-    )
+    arguments = (*planes, strides_argument(w), *result)
+    _launch_any("aggregation", window, x, w.shape[3], arguments, (x.shape[1], w.shape[1]))
 
 
 def weight_gradient(window: Window, grad: Tensor, x: Tensor, grad_w: Tensor) -> None:
     """Write the gradient of the weights, contiguous (N, Cw, K*K, P)."""
+    planes = (grad, strides_argument(grad), x, strides_argument(x), grad_w)
     if aggregation_mma.weight_gradient(window, grad, x, grad_w):
         return
-    batch, weight_channels, taps, windows = grad_w.shape
-    shared_by = x.shape[1] // weight_channels
-    geometry = window_argument(window, *x.shape[2:])
-    tiling = _tiling(window, grad_w, x, grad)
-    if tiling and (staged := _staged_bytes(tiling, x, shared_by)):
-        launch(
-            kernel(
-                SOURCE,
-                "aggregation_weight_gradient_same",
-                x.dtype,
-                reflects(window),
-                tiling.kernel_size,
-                tiling.vector,
-            ),
-            x.device,
-            batch * weight_channels * tiling.tiles,
-            tiling.threads,
-            (
-                grad,
-                strides_argument(grad),
-                x,
-                strides_argument(x),
-                grad_w,
-                geometry,
-                weight_channels,
-                shared_by,
-                tiling.tiles,
-                tiling.rows,
-            ),
-            staged,
-        )
+    plan = _plan(window, grad_w, x, grad)
+    if plan and plan.launch("aggregation_weight_gradient_same", planes, plan.windows):
         return
-    threads = threads_for(windows, THREADS)
-    chunks = -(-windows // threads)
-    launch(
-        kernel(SOURCE, "aggregation_weight_gradient", x.dtype, reflects(window)),
-        x.device,
-        batch * weight_channels * taps * chunks,
-        threads,
-        (
-            grad,
-            strides_argument(grad),
-            x,
-            strides_argument(x),
-            grad_w,
-            geometry,
-            weight_channels,
-            shared_by,
-            chunks,
-        ),
-    )
+    _, weight_channels, taps, windows = grad_w.shape
+    counts = (weight_channels, x.shape[1] // weight_channels)
+    blocks_each = weight_channels * taps
+    _launch_any("aggregation_weight_gradient", window, x, windows, planes, counts, blocks_each)
 
 
 def input_gradient(window: Window, grad: Tensor, w: Tensor, grad_x: Tensor) -> None:
     """Write the gradient of x, (N, C, H, W) in any layout."""
+    planes: tuple[Argument, ...] = (grad, strides_argument(grad), w)
+    result = (grad_x, strides_argument(grad_x))
     if aggregation_mma.input_gradient(window, grad, w, grad_x):
         return
-    batch, channels, height, width = grad_x.shape
-    shared_by = channels // w.shape[1]
-    geometry = window_argument(window, height, width)
-    tiling = _tiling(window, w, grad, grad_x)
-    if tiling:
-        staged = CHANNELS_AT_ONCE * (tiling.rows + tiling.kernel_size - 1) * width
-        joined = tiling.rows * (width + tiling.kernel_size - 1)
-        launch(
-            kernel(
-                SOURCE,
-                "aggregation_input_gradient_same",
-                grad.dtype,
-                reflects(window),
-                tiling.kernel_size,
-                tiling.vector,
-            ),
-            grad.device,
-            batch * w.shape[1] * tiling.tiles,
-            tiling.threads,
-            (
-                grad,
-                strides_argument(grad),
-                w,
-                grad_x,
-                strides_argument(grad_x),
-                geometry,
-                w.shape[1],
-                shared_by,
-                tiling.tiles,
-                tiling.rows,
-            ),
-            (staged + joined) * accumulation_dtype(grad.dtype).itemsize,
-        )
+    plan = _plan(window, w, grad, grad_x)
+    shared = plan.ring + plan.rows_around + plan.joined if plan else 0
+    if plan and plan.launch("aggregation_input_gradient_same", (*planes, *result), shared):
         return
-    threads = threads_for(height * width, THREADS)
-    chunks = -(-height * width // threads)
+    arguments = (*planes, strides_argument(w), *result)
+    counts = (grad_x.shape[1], w.shape[1])
+    pixels = grad_x.shape[2] * grad_x.shape[3]
+    _launch_any("aggregation_input_gradient", window, grad_x, pixels, arguments, counts)
+
+
+def _launch_any(
+    name: str,
+    window: Window,
+    x: Tensor,
+    items: int,
+    planes: tuple[Argument, ...],
+    counts: tuple[int, int],
+    parts: int | None = None,
+) -> None:
+    """Launch a kernel for any windows: a thread for each item of each part of an image."""
+    threads = threads_for(items, THREADS)
+    chunks = -(-items // threads)
     launch(
-        kernel(SOURCE, "aggregation_input_gradient", grad.dtype, reflects(window)),
-        grad.device,
-        batch * channels * chunks,
+        kernel(SOURCE, name, x.dtype, reflects(window)),
+        x.device,
+        x.shape[0] * (x.shape[1] if parts is None else parts) * chunks,
         threads,
-        (
-            grad,
-            strides_argument(grad),
-            w,
-            strides_argument(w),
-            grad_x,
-            strides_argument(grad_x),
-            geometry,
-            channels,
-            w.shape[1],
-            chunks,
-        ),
+        (*planes, window_argument(window, *x.shape[2:]), *counts, chunks),
     )
 
 
-def _tiling(window: Window, w: Tensor, *planes: Tensor) -> _Tiling | None:
+@dataclass(frozen=True)
+class _Plan:
+    """How a kernel `*_same` deals out the work on planes like x."""
+
+    window: Window
+    x: Tensor
+    kernel_size: int
+    vector: int
+    weight_channels: int
+    group: int
+    rows: int
+
+    @property
+    def threads(self) -> int:
+        return threads_for(self.rows * self.x.shape[3] // self.vector, SAME_THREADS)
+
+    @property
+    def ring(self) -> int:
+        """Bytes of the weights on their way to the threads of a block."""
+        return STAGES * self.kernel_size * self.threads * self.vector * self.x.itemsize
+
+    @property
+    def windows(self) -> int:
+        """Bytes of the pixels that the windows of a tile read."""
+        vectors_read = -(-(self.vector + self.kernel_size - 1) // self.vector)
+        return self._lines(self.x.shape[3] + (vectors_read - 1) * self.vector)
+
+    @property
+    def rows_around(self) -> int:
+        """Bytes of the pixels of the rows whose windows reach a tile."""
+        return self._lines(self.x.shape[3])
+
+    @property
+    def joined(self) -> int:
+        """Bytes of one channel's sums of padded rows."""
+        accumulate = accumulation_dtype(self.x.dtype)
+        return self.rows * (self.x.shape[3] + self.kernel_size - 1) * accumulate.itemsize
+
+    def _lines(self, elements: int) -> int:
+        lines = self.group * (self.rows + self.kernel_size - 1)
+        return lines * elements * accumulation_dtype(self.x.dtype).itemsize
+
+    def launch(self, name: str, planes: tuple[Argument, ...], shared_bytes: int) -> bool:
+        """Launch a kernel; return False if it takes more shared memory than there is."""
+        if shared_bytes > MOST_SHARED_BYTES:
+            return False
+        dtype = self.x.dtype
+        batch, _, height, width = self.x.shape
+        tiles = -(-height // self.rows)
+        geometry = window_argument(self.window, height, width)
+        launch(
+            kernel(SOURCE, name, dtype, reflects(self.window), self.kernel_size, self.vector),
+            self.x.device,
+            batch * self.weight_channels * tiles,
+            self.threads,
+            (*planes, geometry, self.weight_channels, self.group, tiles, self.rows),
+            shared_bytes,
+        )
+        return True
+
+
+def _plan(window: Window, w: Tensor, *planes: Tensor) -> _Plan | None:
     """Return how a kernel `*_same` takes these tensors, or None where it does not."""
     size = same_kernel_size(window)
-    if not size or not w.is_contiguous():
+    group = planes[0].shape[1] // w.shape[1]
+    if not size or not w.is_contiguous() or group > CHANNELS:
         return None
     height, width = planes[0].shape[2:]
     vector = vector_width(width, w, *planes)
     vectors = width // vector
-    if vectors > THREADS:
+    if vectors > SAME_THREADS:
         return None
-    rows = rows_of_tile(height, vectors, THREADS)
-    return _Tiling(size, vector, -(-height // rows), rows, threads_for(rows * vectors, THREADS))
-
-
-def _staged_bytes(tiling: _Tiling, x: Tensor, shared_by: int) -> int:
-    """Return the shared memory that stages a tile of x; 0 if it takes more than there is."""
-    read = tiling.vector + tiling.kernel_size - 1
-    pitch = x.shape[3] - tiling.vector + -(-read // tiling.vector) * tiling.vector
-    elements = shared_by * (tiling.rows + tiling.kernel_size - 1) * pitch
-    staged = elements * accumulation_dtype(x.dtype).itemsize
-    return staged if staged <= MOST_SHARED_BYTES else 0
+    rows = rows_of_tile(height, vectors, SAME_THREADS)
+    return _Plan(window, planes[0], size, vector, w.shape[1], group, rows)

@@ -38,83 +38,100 @@ struct Task {
     }
 };
 
-// Deals the vectors of K rows of `count` columns out to a warp: visit(row, column).
-template <int K, int V, typename Visit>
-__device__ inline void visit_vectors(int lane, int count, Visit visit) {
-    const int vectors = count / V;
-    const unsigned inverse = 65536 / vectors + 1;  // i / vectors for i below 7 * 64
-    for (int i = lane; i < K * vectors; i += 32) {
-        const int row = i * inverse >> 16;
-        visit(row, (i - row * vectors) * V);
+// The vectors of K rows of `count` columns, dealt out to a warp.
+template <int K, int V>
+struct Vectors {
+    int lane, vectors;
+    unsigned inverse;  // i / vectors == i * inverse >> 16 for i below 7 * 88
+
+    __device__ Vectors(int lane, int count)
+        : lane(lane), vectors(count / V), inverse(65536 / (count / V) + 1) {}
+
+    // Hands this lane's vectors to visit(row, column); most lanes have one or two.
+    template <typename Visit>
+    __device__ void visit(Visit visit) const {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) visit_one(lane + k * 32, visit);
+        for (int i = lane + 64; i < K * vectors; i += 32) visit_one(i, visit);
     }
-}
+
+    template <typename Visit>
+    __device__ void visit_one(int i, Visit visit) const {
+        const int row = i * inverse >> 16;
+        if (i < K * vectors) visit(row, (i - row * vectors) * V);
+    }
+};
 
 template <typename T, bool REFLECT, int K, int V>
-__global__ void aggregation_mma(const T* x, Strides sx, const T* w, T* out, Strides so,
-                                Window window, int weight_channels, int group, int tiles, int rows,
-                                int pitch, int plane_pitch) {
+__global__ void __launch_bounds__(256, 4)
+    aggregation_mma(const T* x, Strides sx, const T* w, T* out, Strides so, Window window,
+                    int weight_channels, int group, int tiles, int rows, int pitch,
+                    int plane_pitch) {
     extern __shared__ double shared[];
     T* staged = reinterpret_cast<T*>(shared);
     const int width = window.width, plane = window.height * width, lines = rows + K - 1;
     const Task task(weight_channels, tiles, rows, window.height, width);
-    stage_planes<REFLECT, K / 2, V>(x + task.n * sx.n + task.weight_channel * sx.c,
-                                    weight_channels * sx.c, sx, window, group, task.top - K / 2,
-                                    lines, K / 2, pitch, plane_pitch, staged);
-    if (!task.active) return;
+    const Vectors<K, V> vectors(task.lane, min(SEGMENT, width - task.begin));
     T* ring = staged + CHANNELS * plane_pitch + task.warp * (STAGES * K * WEIGHT_PITCH);
     const T* weights = w + (task.n * weight_channels + task.weight_channel) * K * K * plane +
                        task.row * width + task.begin;
     const auto fetch = [&](int ky) {
-        if (ky < K)
-            visit_vectors<K, V>(task.lane, min(SEGMENT, width - task.begin), [&](int kx, int column) {
+        if (ky < K && task.active)
+            vectors.visit([&](int kx, int column) {
                 copy_async<V>(ring + (ky % STAGES * K + kx) * WEIGHT_PITCH + column,
-                              weights + static_cast<long long>(ky * K + kx) * plane + column);
+                              weights + (kx * plane + column) + ky * K * plane);
             });
         end_group();
     };
-    const Band<K> band(task.lane);
-    float sums[PRODUCTS][4] = {};
 #pragma unroll
     for (int ky = 0; ky < STAGES - 1; ++ky) fetch(ky);
-#pragma unroll 1
+    stage_planes<REFLECT, K / 2, V>(x + task.n * sx.n + task.weight_channel * sx.c,
+                                    weight_channels * sx.c, sx, window, group, task.top - K / 2,
+                                    lines, K / 2, pitch, plane_pitch, staged);
+    if (!task.active) return;
+    const Band<K> band(task.lane);
+    const T* low = ring + band.row + band.diagonal[0] * WEIGHT_PITCH;
+    const T* high = ring + band.row + band.diagonal[1] * WEIGHT_PITCH;
+    const T* columns = staged + task.matrix_row(plane_pitch) + (task.row - task.top) * pitch +
+                       task.begin;
+    float sums[PRODUCTS][4] = {};
+#pragma unroll
     for (int ky = 0; ky < K; ++ky) {
         fetch(ky + STAGES - 1);
         wait_for_groups<STAGES - 1>();
         __syncwarp();
-        const T* taps = ring + ky % STAGES * K * WEIGHT_PITCH + band.row;
-        const T* low = taps + band.diagonal[0] * WEIGHT_PITCH;
-        const T* high = taps + band.diagonal[1] * WEIGHT_PITCH;
-        const T* columns = staged + task.matrix_row(plane_pitch) +
-                           (task.row - task.top + ky) * pitch + task.begin;
+        const int slot = ky % STAGES * K * WEIGHT_PITCH;
 #pragma unroll
         for (int b = 0; b < PRODUCTS; ++b) {
             if (b >= task.products) break;
+            const int at = slot + b * PIXELS;
             unsigned matrices[4];
-            load_matrices<false>(columns + b * PIXELS, matrices);
-            band.template multiply<T>(sums[b], pair(low[b * PIXELS], high[b * PIXELS]),
-                                      pair(low[b * PIXELS + 8], high[b * PIXELS + 8]), matrices);
+            load_matrices<false>(columns + ky * pitch + b * PIXELS, matrices);
+            band.template multiply<T>(sums[b], pair(low[at], high[at]),
+                                      pair(low[at + 8], high[at + 8]), matrices);
         }
         __syncwarp();
     }
+    // The lane holds two pixels, 8 columns apart, of two channels.
+    const int g = task.lane % 4 * 2;
+    T* to = out + task.n * so.n + (task.weight_channel + g * weight_channels) * so.c +
+            task.row * so.h + (task.begin + band.row) * so.w;
+    const long long next_channel = weight_channels * so.c;
 #pragma unroll
-    for (int b = 0; b < PRODUCTS; ++b) {
-        if (b >= task.products) break;
+    for (int half = 0; half < 2 * PRODUCTS; ++half) {
+        if (task.begin + band.row + half * 8 >= width) break;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int column = task.begin + b * PIXELS + band.row + i / 2 * 8;
-            const int g = task.lane % 4 * 2 + i % 2;
-            if (column < width && g < group)
-                out[task.n * so.n + (task.weight_channel + g * weight_channels) * so.c +
-                    task.row * so.h + column * so.w] = narrow<T>(sums[b][i]);
-        }
+        for (int c = 0; c < 2; ++c)
+            if (g + c < group)
+                to[half * 8 * so.w + c * next_channel] = narrow<T>(sums[half / 2][half % 2 * 2 + c]);
     }
 }
 
 template <typename T, bool REFLECT, int K, int V>
-__global__ void aggregation_weight_gradient_mma(const T* grad, Strides sg, const T* x, Strides sx,
-                                                T* grad_w, Window window, int weight_channels,
-                                                int group, int tiles, int rows, int pitch,
-                                                int plane_pitch) {
+__global__ void __launch_bounds__(256, 4)
+    aggregation_weight_gradient_mma(const T* grad, Strides sg, const T* x, Strides sx, T* grad_w,
+                                    Window window, int weight_channels, int group, int tiles,
+                                    int rows, int pitch, int plane_pitch) {
     extern __shared__ double shared[];
     T* staged = reinterpret_cast<T*>(shared);
     T* slopes = staged + CHANNELS * plane_pitch;
@@ -131,21 +148,25 @@ __global__ void aggregation_weight_gradient_mma(const T* grad, Strides sg, const
     T* to = grad_w + (task.n * weight_channels + task.weight_channel) * K * K * plane +
             task.row * width + task.begin;
     const Band<K> band(task.lane);
-    const int own_line = task.row - task.top;
+    const Vectors<K, V> vectors(task.lane, min(SEGMENT, width - task.begin));
+    const int line = task.matrix_row(plane_pitch) + (task.row - task.top) * pitch + task.begin;
+    const T* columns = staged + line;
+    // Transposed, pairs of channels are neighbours: 16 pixels x 8, and below 8 x 24 columns.
+    unsigned pixels[PRODUCTS][4];
+#pragma unroll
+    for (int b = 0; b < PRODUCTS; ++b)
+        if (b < task.products) load_matrices<true>(slopes + line + b * PIXELS, pixels[b]);
 #pragma unroll 1
     for (int ky = 0; ky < K; ++ky) {
-        const T* columns = staged + task.matrix_row(plane_pitch) + (own_line + ky) * pitch + task.begin;
-        const T* pixels = slopes + task.matrix_row(plane_pitch) + own_line * pitch + task.begin;
 #pragma unroll
         for (int b = 0; b < PRODUCTS; ++b) {
             if (b >= task.products) break;
-            // Transposed, pairs of channels are neighbours: 16 pixels x 8 and 8 x 24 columns.
-            unsigned a[4], matrices[4];
-            load_matrices<true>(pixels + b * PIXELS, a);
+            unsigned matrices[4];
             load_matrices<true>(columns + b * PIXELS, matrices);
             float products[3][4] = {};
 #pragma unroll
-            for (int m = 0; m < 3; ++m) Mma<T>::k8(products[m], a[0], a[1], matrices[m]);
+            for (int m = 0; m < 3; ++m)
+                Mma<T>::k8(products[m], pixels[b][0], pixels[b][1], matrices[m]);
 #pragma unroll
             for (int p = 0; p < 2; ++p) {
                 if (!band.inside[p]) continue;
@@ -155,21 +176,23 @@ __global__ void aggregation_weight_gradient_mma(const T* grad, Strides sg, const
             }
         }
         __syncwarp();
-        visit_vectors<K, V>(task.lane, min(SEGMENT, width - task.begin), [&](int kx, int column) {
-            *reinterpret_cast<Vector<T, V>*>(to + static_cast<long long>(ky * K + kx) * plane + column) =
+        vectors.visit([&](int kx, int column) {
+            *reinterpret_cast<Vector<T, V>*>(to + (kx * plane + column)) =
                 *reinterpret_cast<const Vector<T, V>*>(taps + kx * WEIGHT_PITCH + column);
         });
         __syncwarp();
+        to += K * plane;
+        columns += pitch;
     }
 }
 
 // Sums of padded columns, 16 * (products so far) - K / 2 being the first; their reflections are
 // added at the end. The row of windows whose tap row ky lies on position y is y + K / 2 - ky.
 template <typename T, bool REFLECT, int K, int V>
-__global__ void aggregation_input_gradient_mma(const T* grad, Strides sg, const T* w, T* grad_x,
-                                               Strides sx, Window window, int weight_channels,
-                                               int group, int tiles, int rows, int pitch,
-                                               int plane_pitch) {
+__global__ void __launch_bounds__(256, 3)
+    aggregation_input_gradient_mma(const T* grad, Strides sg, const T* w, T* grad_x, Strides sx,
+                                   Window window, int weight_channels, int group, int tiles,
+                                   int rows, int pitch, int plane_pitch) {
     constexpr int R = K / 2;
     constexpr int SHIFT = (8 - 2 * R % 8) % 8;  // makes the weights' copies aligned
     extern __shared__ double shared[];
@@ -178,9 +201,6 @@ __global__ void aggregation_input_gradient_mma(const T* grad, Strides sg, const 
     const int lines = rows + K - 1, padded = width + 2 * R;
     const int segments = (padded + SEGMENT - 1) / SEGMENT;
     const Task task(weight_channels, tiles, rows, height, padded);
-    stage_planes<false, 0, V>(grad + task.n * sg.n + task.weight_channel * sg.c,
-                              weight_channels * sg.c, sg, window, group, task.top - R, lines, 2 * R,
-                              pitch, plane_pitch, staged);
     T* rings = staged + CHANNELS * plane_pitch;
     auto* all = reinterpret_cast<Vector<T, 8>*>(rings);
     for (int i = threadIdx.x; i < blockDim.x / 32 * (STAGES * K * GRADIENT_PITCH / 8); i += blockDim.x)
@@ -205,15 +225,14 @@ __global__ void aggregation_input_gradient_mma(const T* grad, Strides sg, const 
         } while (which < IMAGES<REFLECT> && (row_of() < 0 || row_of() >= height));
         return which < IMAGES<REFLECT>;
     };
+    const Vectors<K, V> vectors(task.lane, (last - first + V - 1) / V * V);
     const auto fetch = [&](int slot) {
-        visit_vectors<K, V>(task.lane, (last - first + V - 1) / V * V, [&](int kx, int column) {
+        const int from = ky * K * plane + row_of() * width;
+        vectors.visit([&](int kx, int column) {
             copy_async<V>(to_ring + (slot * K + kx) * GRADIENT_PITCH + column,
-                          weights + static_cast<long long>(ky * K + kx) * plane + row_of() * width +
-                              column);
+                          weights + (kx * plane + column) + from);
         });
     };
-    const Band<K> band(task.lane);
-    float sums[PRODUCTS][4] = {};
     int query[STAGES];
     bool more = task.active;
 #pragma unroll
@@ -225,6 +244,11 @@ __global__ void aggregation_input_gradient_mma(const T* grad, Strides sg, const 
         if (more) fetch(slot);
         end_group();
     }
+    stage_planes<false, 0, V>(grad + task.n * sg.n + task.weight_channel * sg.c,
+                              weight_channels * sg.c, sg, window, group, task.top - R, lines, 2 * R,
+                              pitch, plane_pitch, staged);
+    const Band<K> band(task.lane);
+    float sums[PRODUCTS][4] = {};
     bool working = task.active;
     while (working) {
 #pragma unroll

@@ -91,7 +91,7 @@ def _plan(window: Window, columns: int, w: Tensor, *planes: Tensor) -> _Plan | N
     size = same_kernel_size(window)
     group = planes[0].shape[1] // w.shape[1]
     segments = -(-columns // SEGMENT)
-    fits = group <= CHANNELS and segments <= MOST_WARPS
+    fits = group <= CHANNELS and segments <= MOST_WARPS and window.taps * w.shape[3] < 2**31
     if not size or w.dtype not in DTYPES or not w.is_contiguous() or not fits:
         return None
     height, width = planes[0].shape[2:]
@@ -101,6 +101,8 @@ def _plan(window: Window, columns: int, w: Tensor, *planes: Tensor) -> _Plan | N
     # 16 bytes beyond a multiple of 128: the rows of a matrix lie in different banks.
     plane_pitch = -(-(rows + size - 1) * pitch // 64) * 64 + 8
     vector = vector_width(width, w, *planes, widest=VECTORS[0])
+    if width // vector > rows * segments * 32:
+        return None
     return _Plan(window, size, vector, w.shape[1], group, rows, rows * segments, pitch, plane_pitch)
 
 

@@ -10,6 +10,7 @@
 // results, beyond the windows that it lies in.
 #pragma once
 
+#include "async_copy.cuh"
 #include "window.cuh"
 
 constexpr int PIXELS = 16;      // of one product
@@ -41,10 +42,6 @@ struct Mma;
 DEFINE_MMA(Half, "f16")
 DEFINE_MMA(BFloat16, "bf16")
 #undef DEFINE_MMA
-
-__device__ inline unsigned shared_address(const void* pointer) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
-}
 
 // Four 8 x 8 matrices; lane l gives the address of 8 elements, row l % 8 of matrix l / 8.
 template <bool TRANSPOSED>
@@ -102,28 +99,6 @@ __device__ inline unsigned pair(T low, T high) {
     return low.bits | static_cast<unsigned>(high.bits) << 16;
 }
 
-// Copies V elements to shared memory, not waiting for them where the hardware can do without.
-template <int V, typename T>
-__device__ inline void copy_async(T* to, const T* from) {
-    if (V * sizeof(T) == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
-                     : "memory");
-    else if (V * sizeof(T) >= 4)
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from),
-                     "n"(V * sizeof(T) >= 4 ? V * sizeof(T) : 4)
-                     : "memory");
-    else
-        *to = *from;
-}
-
-__device__ inline void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Waits until at most PENDING of the thread's groups of copies are under way.
-template <int PENDING>
-__device__ inline void wait_for_groups() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
 // Stages `lines` rows of `group` planes from row `first` on: row i of plane g at staged + g *
 // plane_pitch + i * pitch, its pixels from column `margin` on. Rows outside are reflected or zero,
 // and so are RADIUS columns on both sides; all other columns, and the planes from `group` on, are 0.
@@ -132,22 +107,21 @@ __device__ inline void stage_planes(const T* planes, long long plane_stride, con
                                     const Window& window, int group, int first, int lines, int margin,
                                     int pitch, int plane_pitch, T* staged) {
     constexpr int AT_ONCE = 4;
-    const int vectors = window.width / V, items = group * lines * vectors;
-    auto* cleared = reinterpret_cast<Vector<T, 8>*>(staged);
-    for (int i = threadIdx.x; i < CHANNELS * plane_pitch / 8; i += blockDim.x) cleared[i] = {};
-    __syncthreads();
-    for (int begin = threadIdx.x; begin < items; begin += AT_ONCE * blockDim.x) {
+    const int width = window.width, vectors = width / V;
+    const int own_line = threadIdx.x / vectors, column = threadIdx.x % vectors * V;
+    const int at_once = blockDim.x / vectors, all_lines = group * lines;
+    for (int begin = 0; begin < all_lines; begin += AT_ONCE * at_once) {
         Vector<T, V> values[AT_ONCE];
         int to[AT_ONCE];
 #pragma unroll
         for (int k = 0; k < AT_ONCE; ++k) {
-            const int item = begin + k * blockDim.x, line = item / vectors;
-            const int column = item % vectors * V, g = line / lines;
-            const int y = source<REFLECT>(first + line % lines, window.height);
+            const int index = begin + own_line + k * at_once, g = index / lines;
+            const int line = index - g * lines;
+            const int y = source<REFLECT>(first + line, window.height);
             to[k] = -1;
             // Rows below the last tile's windows are not used; they only must not be read.
-            if (item >= items || y < 0 || y >= window.height) continue;
-            to[k] = g * plane_pitch + line % lines * pitch + margin + column;
+            if (own_line >= at_once || index >= all_lines || y < 0 || y >= window.height) continue;
+            to[k] = g * plane_pitch + line * pitch + margin;
             const T* from = planes + g * plane_stride + y * strides.h + column * strides.w;
             if (strides.w == 1)
                 values[k] = *reinterpret_cast<const Vector<T, V>*>(from);
@@ -155,19 +129,29 @@ __device__ inline void stage_planes(const T* planes, long long plane_stride, con
 #pragma unroll
                 for (int e = 0; e < V; ++e) values[k].at[e] = from[e * strides.w];
         }
+        if (begin == 0) {  // clears while the first loads are under way
+            auto* cleared = reinterpret_cast<Vector<T, 8>*>(staged);
+            for (int i = threadIdx.x; i < CHANNELS * plane_pitch / 8; i += blockDim.x)
+                cleared[i] = {};
+            __syncthreads();
+        }
 #pragma unroll
-        for (int k = 0; k < AT_ONCE; ++k)
-            if (to[k] >= 0)
+        for (int k = 0; k < AT_ONCE; ++k) {
+            if (to[k] < 0) continue;
+            T* row = staged + to[k];
 #pragma unroll
-                for (int e = 0; e < V; ++e) staged[to[k] + e] = values[k].at[e];
-    }
-    __syncthreads();
-    if (!REFLECT || RADIUS == 0) return;
-    for (int i = threadIdx.x; i < group * lines * 2 * RADIUS; i += blockDim.x) {
-        const int side = i % (2 * RADIUS), line = i / (2 * RADIUS);
-        const int column = side < RADIUS ? side - RADIUS : window.width + side - RADIUS;
-        T* row = staged + line / lines * plane_pitch + line % lines * pitch + margin;
-        row[column] = row[source<true>(column, window.width)];
+            for (int e = 0; e < V; ++e) row[column + e] = values[k].at[e];
+            const bool at_border = column <= RADIUS || column + V >= width - RADIUS;
+            if (REFLECT && RADIUS > 0 && at_border)
+#pragma unroll
+                for (int e = 0; e < V; ++e)
+#pragma unroll
+                    for (int which = 1; which < IMAGES<REFLECT>; ++which) {
+                        int position;
+                        if (image<REFLECT>(column + e, width, RADIUS, which, position))
+                            row[position] = values[k].at[e];
+                    }
+        }
     }
     __syncthreads();
 }

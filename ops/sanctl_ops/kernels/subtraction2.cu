@@ -1,35 +1,46 @@
 // out[n, c, j, i] = x1[n, c, centre(i)] - x2[n, c, nbr(i, j)] and its two gradients.
 #include "window_gradient.cuh"
 
-// One thread computes every tap of V neighbouring windows; `vectors` is planes * windows / V.
+// Windows of stride 1 and padding K / 2: a thread computes one row of taps of V neighbouring windows.
+// `vectors` counts planes * K * windows / V; they follow each other as their results do in memory.
 template <typename T, bool REFLECT, int K, int V>
-__global__ void subtraction2(const T* x1, Strides s1, const T* x2, Strides s2, T* out,
-                             Window window, int channels, unsigned vectors) {
+__global__ void subtraction2_same(const T* x1, Strides s1, const T* x2, Strides s2, T* out,
+                                  Window window, int channels, unsigned vectors) {
     using A = computed_t<T>;
     const unsigned vector = blockIdx.x * blockDim.x + threadIdx.x;
     if (vector >= vectors) return;
-    const int windows = window.windows();
-    const long long plane = vector / (windows / V);
-    const int i = vector % (windows / V) * V;
-    const long long n = plane / channels, c = plane % channels;
-    const int row = i / window.out_width, column = i % window.out_width;
-    const int to_centre = (window.kernel_size - 1) / 2 * window.dilation - window.padding;
-    const int y = source<REFLECT>(row * window.stride + to_centre, window.height);
-    A centre[V];
+    const unsigned windows = window.windows(), line = vector / (windows / V);
+    const int i = (vector - line * (windows / V)) * V, ky = line % K;
+    const int row = i / window.width, column = i % window.width;
+    const long long plane = line / K, n = plane / channels, c = plane % channels;
+    A centres[V], values[V + K - 1];
+    read_centres<REFLECT, V>(x1 + n * s1.n + c * s1.c, s1, window, row, column, centres);
+    read_taps<REFLECT, K, V>(x2 + n * s2.n + c * s2.c, s2, window, row, column, ky, values);
+    T* to = out + (plane * K + ky) * K * windows + i;
 #pragma unroll
-    for (int e = 0; e < V; ++e) {
-        const int x = source<REFLECT>((column + e) * window.stride + to_centre, window.width);
-        const bool inside = REFLECT || (y >= 0 && x >= 0);
-        centre[e] = inside ? widen(x1[n * s1.n + c * s1.c + y * s1.h + x * s1.w]) : A(0);
+    for (int kx = 0; kx < K; ++kx) {
+        A difference[V];
+#pragma unroll
+        for (int e = 0; e < V; ++e) difference[e] = centres[e] - values[kx + e];
+        store<V>(to + static_cast<long long>(kx) * windows, difference);
     }
+}
+
+// Any windows; a thread for every one.
+template <typename T, bool REFLECT>
+__global__ void subtraction2(const T* x1, Strides s1, const T* x2, Strides s2, T* out,
+                             Window window, int channels, int chunks) {
+    using A = computed_t<T>;
+    const long long plane = blockIdx.x / chunks, n = plane / channels, c = plane % channels;
+    const int i = blockIdx.x % chunks * blockDim.x + threadIdx.x;
+    const long long windows = window.windows();
+    if (i >= windows) return;
+    const int row = i / window.out_width, column = i % window.out_width;
+    A centre[1];
+    read_centres<REFLECT, 1>(x1 + n * s1.n + c * s1.c, s1, window, row, column, centre);
     T* to = out + plane * window.taps() * windows + i;
-    visit_taps<REFLECT, K, V>(x2 + n * s2.n + c * s2.c, s2, window, row, column,
-                              [&](int tap, const A* values) {
-                                  A difference[V];
-#pragma unroll
-                                  for (int e = 0; e < V; ++e) difference[e] = centre[e] - values[e];
-                                  store<V>(to + static_cast<long long>(tap) * windows, difference);
-                              });
+    visit_taps<REFLECT>(x2 + n * s2.n + c * s2.c, s2, window, row, column,
+                        [&](int tap, A value) { to[tap * windows] = narrow<T>(centre[0] - value); });
 }
 
 // Both gradients of windows with stride 1 and padding K / 2; blocks run over planes * tiles.

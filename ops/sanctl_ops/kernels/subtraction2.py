@@ -1,8 +1,8 @@
 """Launches of subtraction2.cu."""
 
-import numpy as np
 from torch import Tensor
 
+from sanctl_ops.kernels import relation
 from sanctl_ops.kernels.geometry import (
     reflects,
     rows_of_tile,
@@ -16,41 +16,21 @@ from sanctl_ops.kernels.runtime import kernel, launch
 from sanctl_ops.window import Window, accumulation_dtype
 
 SOURCE = "subtraction2.cu"
-THREADS = 256
+THREADS = 128
 
 
 def forward(window: Window, x1: Tensor, x2: Tensor) -> Tensor:
     """Return the (N, C, K*K, P) differences, contiguous."""
-    batch, channels, height, width = x1.shape
-    out_height, out_width = window.output_size(height, width)
-    windows = out_height * out_width
-    out = x1.new_empty(batch, channels, window.taps, windows)
-    size = same_kernel_size(window)
-    vector = vector_width(out_width, out) if size else 1
-    vectors = batch * channels * windows // vector
-    launch(
-        kernel(SOURCE, "subtraction2", x1.dtype, reflects(window), size, vector),
-        x1.device,
-        -(-vectors // THREADS),
-        THREADS,
-        (
-            x1,
-            strides_argument(x1),
-            x2,
-            strides_argument(x2),
-            out,
-            window_argument(window, height, width),
-            channels,
-            np.uint32(vectors),
-        ),
-    )
+    rows, columns = window.output_size(*x1.shape[2:])
+    out = x1.new_empty(*x1.shape[:2], window.taps, rows * columns)
+    relation.forward(SOURCE, "subtraction2", window, x1, x2, out)
     return out
 
 
 def backward(window: Window, grad: Tensor, grad1: Tensor, grad2: Tensor) -> None:
     """Write the gradients of x1 and x2, (N, C, H, W) in any layout, from that of the output."""
     if not _backward_same(window, grad, grad1, grad2):
-        _backward_any(window, grad, grad1, grad2)
+        relation.backward_any(SOURCE, "subtraction2_backward", window, grad, grad1, grad2)
 
 
 def _backward_same(window: Window, grad: Tensor, grad1: Tensor, grad2: Tensor) -> bool:
@@ -84,26 +64,3 @@ def _backward_same(window: Window, grad: Tensor, grad1: Tensor, grad2: Tensor) -
         rows * (width + size - 1) * accumulation_dtype(grad.dtype).itemsize,
     )
     return True
-
-
-def _backward_any(window: Window, grad: Tensor, grad1: Tensor, grad2: Tensor) -> None:
-    batch, channels, height, width = grad1.shape
-    threads = threads_for(height * width, THREADS)
-    chunks = -(-height * width // threads)
-    launch(
-        kernel(SOURCE, "subtraction2_backward", grad.dtype, reflects(window)),
-        grad.device,
-        batch * channels * chunks,
-        threads,
-        (
-            grad,
-            strides_argument(grad),
-            grad1,
-            strides_argument(grad1),
-            grad2,
-            strides_argument(grad2),
-            window_argument(window, height, width),
-            channels,
-            chunks,
-        ),
-    )

@@ -47,40 +47,49 @@ __device__ inline bool window_of(int position, int tap, const Window& window, in
     return start >= 0 && out * window.stride == start && out < out_side;
 }
 
-// Hands every tap of V neighbouring windows to visit(tap, values): values[e] is what the tap reads
-// in window e. K > 0 promises windows of that size with stride 1 and padding K / 2, not dilated.
-template <bool REFLECT, int K, int V, typename T, typename Visit>
+// Hands every tap of one window to visit(tap, value).
+template <bool REFLECT, typename T, typename Visit>
 __device__ inline void visit_taps(const T* plane, const Strides& strides, const Window& window,
                                   int row, int column, Visit visit) {
-    using A = computed_t<T>;
-    static_assert(K > 0 || V == 1, "windows of any kind are visited one by one");
-    const int size = K > 0 ? K : window.kernel_size;
-    constexpr int READ = K > 0 ? V + K - 1 : 1;
-    int columns[READ];
-#pragma unroll
-    for (int e = 0; e < READ; ++e) columns[e] = source<REFLECT>(column + e - K / 2, window.width);
-#pragma unroll 1
-    for (int ky = 0; ky < size; ++ky) {
-        const int top = K > 0 ? row - K / 2 : row * window.stride - window.padding;
-        const int y = source<REFLECT>(top + ky * (K > 0 ? 1 : window.dilation), window.height);
-        const T* line = plane + y * strides.h;
-        if constexpr (K > 0) {
-            A values[READ];
-#pragma unroll
-            for (int e = 0; e < READ; ++e) {
-                const bool inside = REFLECT || (y >= 0 && columns[e] >= 0);
-                values[e] = inside ? widen(line[columns[e] * strides.w]) : A(0);
-            }
-#pragma unroll
-            for (int kx = 0; kx < K; ++kx) visit(ky * K + kx, values + kx);
-        } else {
-            const int left = column * window.stride - window.padding;
-            for (int kx = 0; kx < size; ++kx) {
-                const int x = source<REFLECT>(left + kx * window.dilation, window.width);
-                const bool inside = REFLECT || (y >= 0 && x >= 0);
-                const A value = inside ? widen(line[x * strides.w]) : A(0);
-                visit(ky * size + kx, &value);
-            }
+    const int top = row * window.stride - window.padding;
+    const int left = column * window.stride - window.padding;
+    for (int ky = 0; ky < window.kernel_size; ++ky) {
+        const int y = source<REFLECT>(top + ky * window.dilation, window.height);
+        for (int kx = 0; kx < window.kernel_size; ++kx) {
+            const int x = source<REFLECT>(left + kx * window.dilation, window.width);
+            const bool inside = REFLECT || (y >= 0 && x >= 0);
+            visit(ky * window.kernel_size + kx,
+                  inside ? widen(plane[y * strides.h + x * strides.w]) : computed_t<T>(0));
         }
+    }
+}
+
+// Reads what the taps of row ky read in V neighbouring windows of stride 1 and padding K / 2: tap kx
+// of window e gives values[kx + e].
+template <bool REFLECT, int K, int V, typename T>
+__device__ inline void read_taps(const T* plane, const Strides& strides, const Window& window,
+                                 int row, int column, int ky,
+                                 computed_t<T> (&values)[V + K - 1]) {
+    const int y = source<REFLECT>(row + ky - K / 2, window.height);
+    const T* line = plane + y * strides.h;
+#pragma unroll
+    for (int e = 0; e < V + K - 1; ++e) {
+        const int x = source<REFLECT>(column + e - K / 2, window.width);
+        const bool inside = REFLECT || (y >= 0 && x >= 0);
+        values[e] = inside ? widen(line[x * strides.w]) : computed_t<T>(0);
+    }
+}
+
+// What V neighbouring windows have at their centres, tap (K - 1) / 2 in both directions.
+template <bool REFLECT, int V, typename T>
+__device__ inline void read_centres(const T* plane, const Strides& strides, const Window& window,
+                                    int row, int column, computed_t<T> (&values)[V]) {
+    const int to_centre = (window.kernel_size - 1) / 2 * window.dilation - window.padding;
+    const int y = source<REFLECT>(row * window.stride + to_centre, window.height);
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+        const int x = source<REFLECT>((column + e) * window.stride + to_centre, window.width);
+        const bool inside = REFLECT || (y >= 0 && x >= 0);
+        values[e] = inside ? widen(plane[y * strides.h + x * strides.w]) : computed_t<T>(0);
     }
 }
