@@ -1,0 +1,15 @@
+"""Fixtures of the operators' tests."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Without what earlier runs compiled: the caches do not see a change in an operator."""
+    torch.compiler.reset()
+    with torch.compiler.config.patch(force_disable_caches=True):
+        yield
+    torch.compiler.reset()
