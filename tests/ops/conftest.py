@@ -10,6 +10,6 @@ import torch
 def fresh_compiler() -> Iterator[None]:
     """Without what earlier runs compiled: the caches do not see a change in an operator."""
     torch.compiler.reset()
-    with torch.compiler.config.patch(force_disable_caches=True):
+    with torch.compiler.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
         yield
     torch.compiler.reset()

@@ -85,14 +85,14 @@ def drawn(
     std: float = BATCH_STD,
     layout: str = "contiguous",
     weight_dtype: torch.dtype | None = None,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Draw x, weight (some of them negative) and bias, as leaves that require gradients."""
     torch.manual_seed(0)
     x = moved(laid_out(shape, layout), "cpu", torch.float64).mul_(std).add_(mean)
     weight, bias = torch.randn(2, shape[1], dtype=torch.float64).unbind()
     weight_dtype = weight_dtype or torch.promote_types(dtype, torch.float32)
-    leaves = [moved(x, device, dtype), *(t.to(device, weight_dtype) for t in (weight, bias))]
-    return [leaf.requires_grad_() for leaf in leaves]
+    weight, bias = (t.to(device, weight_dtype).requires_grad_() for t in (weight, bias))
+    return moved(x, device, dtype).requires_grad_(), weight, bias
 
 
 def assert_agrees(x: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -249,6 +249,7 @@ def test_opcheck(layout: str, dtype: torch.dtype, device: str) -> None:
     )
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     ("backend", "dynamic"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)]
 )
@@ -258,17 +259,14 @@ def test_compiles_without_a_graph_break(backend: str, dynamic: bool, device: str
         out, mean, variance = batch_norm_relu(2 * x, weight, bias)
         return out.sin() + (mean + variance)[:, None, None]
 
-    torch.compiler.reset()
     leaves = drawn((2, 4, 6, 7), device, layout="channels_last")
-    with torch.compiler.config.patch(force_disable_caches=True):
-        out = torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)(*leaves)
-        expected = layer(*leaves)
-        torch.testing.assert_close(out, expected)
-        grad = torch.randn_like(expected)
-        torch.testing.assert_close(
-            torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad)
-        )
-    torch.compiler.reset()
+    out = torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)(*leaves)
+    expected = layer(*leaves)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad)
+    )
 
 
 @pytest.mark.parametrize(
@@ -286,8 +284,9 @@ def test_compiles_without_a_graph_break(backend: str, dynamic: bool, device: str
 )
 def test_unusable_arguments(changed: dict[str, Tensor], message: str) -> None:
     usable = {"x": torch.zeros(1, 4, 2, 2), "weight": torch.ones(4), "bias": torch.zeros(4)}
+    arguments = usable | changed
     with pytest.raises(ValueError, match=message):
-        batch_norm_relu(*(usable | changed).values())
+        batch_norm_relu(arguments["x"], arguments["weight"], arguments["bias"])
 
 
 @pytest.mark.gpu

@@ -1,7 +1,5 @@
 """The operators as torch sees them: schema, strides, torch.compile and the FLOP counter."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from op_cases import CASES, DEVICES, OPERATORS, Case, laid_out, make_inputs
@@ -27,15 +25,6 @@ CHECKED = [
 
 each_checked = pytest.mark.parametrize("case", CHECKED, ids=lambda case: case.name)
 each_device = pytest.mark.parametrize("device", DEVICES)
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    """Without what earlier runs compiled: the caches do not see a change in an operator."""
-    torch.compiler.reset()
-    with torch.compiler.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
-        yield
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("name", ["subtraction2", "concatenation", "aggregation"])
