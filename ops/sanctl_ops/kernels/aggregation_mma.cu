@@ -1,36 +1,50 @@
 // aggregation and its gradients for 16-bit values, windows of stride 1 and padding K / 2, contiguous
 // weights and at most 8 channels to a weight: see banded_mma.cuh.
 //
-// Blocks run over (image, weight channel, tile of rows). A warp takes a segment of 64 pixels of one
-// row, tap row by tap row; its weights pass through shared memory of its own, copied ahead of use.
+// Blocks run over (image, weight channel, tile of rows). A warp takes 64 pixels of one row, or whole
+// rows of up to 32 or 16 pixels, tap row by tap row; its weights, which lie in one piece, pass through
+// shared memory of its own, copied ahead of use.
 #include "banded_mma.cuh"
 
-constexpr int STAGES = 3;          // rows of taps under way or in use
-constexpr int WEIGHT_PITCH = 72;   // 36 words: the diagonals of a band lie in different banks
-constexpr int GRADIENT_PITCH = 88; // the same where a segment reads K - 1 more columns
+constexpr int STAGES = 3;           // rows of taps under way or in use
+constexpr int WEIGHT_PITCH = 72;    // 36 words: the diagonals of a band lie in different banks
+constexpr int GRADIENT_PITCH = 88;  // the same where a segment reads K - 1 more columns
+constexpr int WINDOW_MARGIN = 4;    // columns staged before the first pixel
+constexpr int GRADIENT_MARGIN = 8;
 
+// A warp's share of a tile.
 struct Task {
     int lane, warp;
-    long long n;
-    int weight_channel, top;  // `top` is the first row of the block's tile
-    int row, begin;           // this warp's row and first column
-    int products;             // how many products of 16 pixels the segment takes
+    int n, weight_channel;
+    int top;         // the first row of the block's tile
+    int row, begin;  // this warp's first row and column
+    int rows;        // how many rows, of `width` pixels if there are several
+    int per_row;     // log2 of the products of a row: 0, 1 or 2
     bool active;
 
-    // `columns` is how many columns of sums there are.
-    __device__ Task(int weight_channels, int tiles, int rows, int height, int columns) {
-        const int segments = (columns + SEGMENT - 1) / SEGMENT;
-        const long long part = blockIdx.x / tiles;
+    // `rows` of a tile; `columns` of sums in a row of the plane; `together`: rows that a warp takes.
+    __device__ Task(int weight_channels, int tiles, int tile_rows, int height, int columns,
+                    int together) {
+        const unsigned segments = (columns + SEGMENT - 1) / SEGMENT;
+        const unsigned part = blockIdx.x / static_cast<unsigned>(tiles);
         lane = threadIdx.x % 32;
         warp = threadIdx.x / 32;
-        n = part / weight_channels;
-        weight_channel = part % weight_channels;
-        top = blockIdx.x % tiles * rows;
-        row = top + warp / segments;
+        n = part / static_cast<unsigned>(weight_channels);
+        weight_channel = part - n * weight_channels;
+        top = (blockIdx.x - part * tiles) * tile_rows;
+        row = top + warp / segments * together;
         begin = warp % segments * SEGMENT;
-        products = min(PRODUCTS, (columns - begin + PIXELS - 1) / PIXELS);
-        active = row < height;
+        rows = min(together, min(top + tile_rows, height) - row);
+        per_row = together == 4 ? 0 : together == 2 ? 1 : 2;
+        active = rows > 0;
     }
+
+    // Of product b: its row, counted from the warp's first, and its first column.
+    __device__ int row_of(int b) const { return b >> per_row; }
+
+    __device__ int column_of(int b) const { return begin + (b & ((1 << per_row) - 1)) * PIXELS; }
+
+    __device__ bool has(int b, int columns) const { return row_of(b) < rows && column_of(b) < columns; }
 
     // Where this lane's row of matrix l / 8 begins in a staged line: 8 columns of channel l % 8.
     __device__ int matrix_row(int plane_pitch) const {
@@ -38,92 +52,99 @@ struct Task {
     }
 };
 
-// The vectors of K rows of `count` columns, dealt out to a warp.
+// The vectors of K rows of `count` elements, dealt out to a warp.
 template <int K, int V>
 struct Vectors {
     int lane, vectors;
-    unsigned inverse;  // i / vectors == i * inverse >> 16 for i below 7 * 88
+    int row[2], column[2];  // of the lane's first two vectors; most lanes have no more
 
-    __device__ Vectors(int lane, int count)
-        : lane(lane), vectors(count / V), inverse(65536 / (count / V) + 1) {}
+    __device__ Vectors(int lane, int count) : lane(lane), vectors(count / V) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            row[k] = (lane + k * 32) / max(vectors, 1);
+            column[k] = (lane + k * 32 - row[k] * vectors) * V;
+        }
+    }
 
-    // Hands this lane's vectors to visit(row, column); most lanes have one or two.
+    // Hands this lane's vectors to visit(row, column).
     template <typename Visit>
     __device__ void visit(Visit visit) const {
 #pragma unroll
-        for (int k = 0; k < 2; ++k) visit_one(lane + k * 32, visit);
-        for (int i = lane + 64; i < K * vectors; i += 32) visit_one(i, visit);
-    }
-
-    template <typename Visit>
-    __device__ void visit_one(int i, Visit visit) const {
-        const int row = i * inverse >> 16;
-        if (i < K * vectors) visit(row, (i - row * vectors) * V);
+        for (int k = 0; k < 2; ++k)
+            if (lane + k * 32 < K * vectors) visit(row[k], column[k]);
+        for (int i = lane + 64; i < K * vectors; i += 32) visit(i / vectors, i % vectors * V);
     }
 };
 
 template <typename T, bool REFLECT, int K, int V>
 __global__ void __launch_bounds__(256, 4)
     aggregation_mma(const T* x, Strides sx, const T* w, T* out, Strides so, Window window,
-                    int weight_channels, int group, int tiles, int rows, int pitch,
-                    int plane_pitch) {
+                    int weight_channels, int group, int tiles, int rows, int together, int vector,
+                    int pitch, int plane_pitch) {
     extern __shared__ double shared[];
-    T* staged = reinterpret_cast<T*>(shared);
+    const Staged<T> staged = {reinterpret_cast<T*>(shared), WINDOW_MARGIN, pitch, plane_pitch};
     const int width = window.width, plane = window.height * width, lines = rows + K - 1;
-    const Task task(weight_channels, tiles, rows, window.height, width);
-    const Vectors<K, V> vectors(task.lane, min(SEGMENT, width - task.begin));
-    T* ring = staged + CHANNELS * plane_pitch + task.warp * (STAGES * K * WEIGHT_PITCH);
-    const T* weights = w + (task.n * weight_channels + task.weight_channel) * K * K * plane +
-                       task.row * width + task.begin;
+    const Task task(weight_channels, tiles, rows, window.height, width, together);
+    const int count = together > 1 ? task.rows * width : min(SEGMENT, width - task.begin);
+    const Vectors<K, V> vectors(task.lane, task.active ? count : 0);
+    T* ring = staged.data + CHANNELS * plane_pitch + task.warp * (STAGES * K * WEIGHT_PITCH);
+    const T* weights =
+        w + (static_cast<long long>(task.n) * weight_channels + task.weight_channel) * K * K * plane +
+        task.row * width + task.begin;
     const auto fetch = [&](int ky) {
-        if (ky < K && task.active)
+        if (ky < K)
             vectors.visit([&](int kx, int column) {
                 copy_async<V>(ring + (ky % STAGES * K + kx) * WEIGHT_PITCH + column,
-                              weights + (kx * plane + column) + ky * K * plane);
+                              weights + (kx * plane + column));
             });
+        weights += K * plane;
         end_group();
     };
 #pragma unroll
     for (int ky = 0; ky < STAGES - 1; ++ky) fetch(ky);
-    stage_planes<REFLECT, K / 2, V>(x + task.n * sx.n + task.weight_channel * sx.c,
-                                    weight_channels * sx.c, sx, window, group, task.top - K / 2,
-                                    lines, K / 2, pitch, plane_pitch, staged);
+    stage_planes<REFLECT, K / 2>(vector, x + task.n * sx.n + task.weight_channel * sx.c,
+                                 weight_channels * sx.c, sx, window, group, task.top - K / 2, lines,
+                                 staged);
     if (!task.active) return;
-    const Band<K> band(task.lane);
+    const Band<K, WINDOW_MARGIN - K / 2> band(task.lane);
     const T* low = ring + band.row + band.diagonal[0] * WEIGHT_PITCH;
     const T* high = ring + band.row + band.diagonal[1] * WEIGHT_PITCH;
-    const T* columns = staged + task.matrix_row(plane_pitch) + (task.row - task.top) * pitch +
-                       task.begin;
+    const T* line = staged.data + task.matrix_row(plane_pitch) + (task.row - task.top) * pitch;
     float sums[PRODUCTS][4] = {};
 #pragma unroll
     for (int ky = 0; ky < K; ++ky) {
         fetch(ky + STAGES - 1);
         wait_for_groups<STAGES - 1>();
         __syncwarp();
-        const int slot = ky % STAGES * K * WEIGHT_PITCH;
 #pragma unroll
         for (int b = 0; b < PRODUCTS; ++b) {
-            if (b >= task.products) break;
-            const int at = slot + b * PIXELS;
+            if (!task.has(b, width)) continue;
+            const int at = ky % STAGES * K * WEIGHT_PITCH + task.row_of(b) * width +
+                           task.column_of(b) - task.begin;
             unsigned matrices[4];
-            load_matrices<false>(columns + ky * pitch + b * PIXELS, matrices);
+            load_matrices<false>(line + task.row_of(b) * pitch + task.column_of(b), matrices);
             band.template multiply<T>(sums[b], pair(low[at], high[at]),
                                       pair(low[at + 8], high[at + 8]), matrices);
         }
+        line += pitch;
         __syncwarp();
     }
     // The lane holds two pixels, 8 columns apart, of two channels.
     const int g = task.lane % 4 * 2;
-    T* to = out + task.n * so.n + (task.weight_channel + g * weight_channels) * so.c +
-            task.row * so.h + (task.begin + band.row) * so.w;
-    const long long next_channel = weight_channels * so.c;
+    const long long channel = weight_channels * so.c;
+    T* to = out + task.n * so.n + (task.weight_channel + g * weight_channels) * so.c;
 #pragma unroll
-    for (int half = 0; half < 2 * PRODUCTS; ++half) {
-        if (task.begin + band.row + half * 8 >= width) break;
+    for (int b = 0; b < PRODUCTS; ++b) {
+        if (!task.has(b, width)) continue;
+        const int column = task.column_of(b) + band.row;
+        T* pixel = to + (task.row + task.row_of(b)) * so.h + column * so.w;
 #pragma unroll
-        for (int c = 0; c < 2; ++c)
-            if (g + c < group)
-                to[half * 8 * so.w + c * next_channel] = narrow<T>(sums[half / 2][half % 2 * 2 + c]);
+        for (int half = 0; half < 2; ++half) {
+            if (column + half * 8 < width && g < group) *pixel = narrow<T>(sums[b][half * 2]);
+            if (column + half * 8 < width && g + 1 < group)
+                pixel[channel] = narrow<T>(sums[b][half * 2 + 1]);
+            pixel += 8 * so.w;
+        }
     }
 }
 
@@ -131,48 +152,56 @@ template <typename T, bool REFLECT, int K, int V>
 __global__ void __launch_bounds__(256, 4)
     aggregation_weight_gradient_mma(const T* grad, Strides sg, const T* x, Strides sx, T* grad_w,
                                     Window window, int weight_channels, int group, int tiles,
-                                    int rows, int pitch, int plane_pitch) {
+                                    int rows, int together, int vector, int pitch,
+                                    int plane_pitch) {
     extern __shared__ double shared[];
-    T* staged = reinterpret_cast<T*>(shared);
-    T* slopes = staged + CHANNELS * plane_pitch;
+    const Staged<T> staged = {reinterpret_cast<T*>(shared), WINDOW_MARGIN, pitch, plane_pitch};
+    const Staged<T> slopes = {staged.data + CHANNELS * plane_pitch, 0, pitch, plane_pitch};
     const int width = window.width, plane = window.height * width, lines = rows + K - 1;
-    const Task task(weight_channels, tiles, rows, window.height, width);
-    stage_planes<REFLECT, K / 2, V>(x + task.n * sx.n + task.weight_channel * sx.c,
-                                    weight_channels * sx.c, sx, window, group, task.top - K / 2,
-                                    lines, K / 2, pitch, plane_pitch, staged);
-    stage_planes<false, 0, V>(grad + task.n * sg.n + task.weight_channel * sg.c,
-                              weight_channels * sg.c, sg, window, group, task.top, rows, 0, pitch,
-                              plane_pitch, slopes);
+    const Task task(weight_channels, tiles, rows, window.height, width, together);
+    stage_planes<REFLECT, K / 2>(vector, x + task.n * sx.n + task.weight_channel * sx.c,
+                                 weight_channels * sx.c, sx, window, group, task.top - K / 2, lines,
+                                 staged);
+    stage_planes<false, 0>(vector, grad + task.n * sg.n + task.weight_channel * sg.c,
+                           weight_channels * sg.c, sg, window, group, task.top, rows, slopes);
     if (!task.active) return;
-    T* taps = slopes + CHANNELS * plane_pitch + task.warp * (K * WEIGHT_PITCH);
-    T* to = grad_w + (task.n * weight_channels + task.weight_channel) * K * K * plane +
+    const int count = together > 1 ? task.rows * width : min(SEGMENT, width - task.begin);
+    const Vectors<K, V> vectors(task.lane, count);
+    T* taps = slopes.data + CHANNELS * plane_pitch + task.warp * (K * WEIGHT_PITCH);
+    T* to = grad_w +
+            (static_cast<long long>(task.n) * weight_channels + task.weight_channel) * K * K * plane +
             task.row * width + task.begin;
-    const Band<K> band(task.lane);
-    const Vectors<K, V> vectors(task.lane, min(SEGMENT, width - task.begin));
-    const int line = task.matrix_row(plane_pitch) + (task.row - task.top) * pitch + task.begin;
-    const T* columns = staged + line;
+    const Band<K, WINDOW_MARGIN - K / 2> band(task.lane);
+    const int own = task.matrix_row(plane_pitch) + (task.row - task.top) * pitch;
+    const T* line = staged.data + own;
     // Transposed, pairs of channels are neighbours: 16 pixels x 8, and below 8 x 24 columns.
     unsigned pixels[PRODUCTS][4];
 #pragma unroll
     for (int b = 0; b < PRODUCTS; ++b)
-        if (b < task.products) load_matrices<true>(slopes + line + b * PIXELS, pixels[b]);
+        if (task.has(b, width))
+            load_matrices<true>(slopes.data + own + task.row_of(b) * pitch + task.column_of(b),
+                                pixels[b]);
 #pragma unroll 1
     for (int ky = 0; ky < K; ++ky) {
 #pragma unroll
         for (int b = 0; b < PRODUCTS; ++b) {
-            if (b >= task.products) break;
+            if (!task.has(b, width)) continue;
             unsigned matrices[4];
-            load_matrices<true>(columns + b * PIXELS, matrices);
+            load_matrices<true>(line + task.row_of(b) * pitch + task.column_of(b), matrices);
             float products[3][4] = {};
 #pragma unroll
             for (int m = 0; m < 3; ++m)
                 Mma<T>::k8(products[m], pixels[b][0], pixels[b][1], matrices[m]);
+            const int in_row = task.column_of(b) + band.row;
+            T* tap = taps + task.row_of(b) * width + in_row - task.begin;
 #pragma unroll
             for (int p = 0; p < 2; ++p) {
                 if (!band.inside[p]) continue;
-                T* tap = taps + band.diagonal[p] * WEIGHT_PITCH + b * PIXELS + band.row;
-                tap[0] = narrow<T>(band.block[p] ? products[1][p] : products[0][p]);
-                tap[8] = narrow<T>(band.block[p] ? products[2][2 + p] : products[1][2 + p]);
+                T* own_tap = tap + band.diagonal[p] * WEIGHT_PITCH;
+                if (in_row < width)
+                    own_tap[0] = narrow<T>(band.block[p] ? products[1][p] : products[0][p]);
+                if (in_row + 8 < width)
+                    own_tap[8] = narrow<T>(band.block[p] ? products[2][2 + p] : products[1][2 + p]);
             }
         }
         __syncwarp();
@@ -182,128 +211,130 @@ __global__ void __launch_bounds__(256, 4)
         });
         __syncwarp();
         to += K * plane;
-        columns += pitch;
+        line += pitch;
     }
 }
 
-// Sums of padded columns, 16 * (products so far) - K / 2 being the first; their reflections are
-// added at the end. The row of windows whose tap row ky lies on position y is y + K / 2 - ky.
+// A warp sums up 64 columns of one padded row, from column begin - K / 2 on; the reflected columns
+// are added at the end. The row of windows whose tap row ky lies on position y is y + K / 2 - ky.
 template <typename T, bool REFLECT, int K, int V>
 __global__ void __launch_bounds__(256, 3)
     aggregation_input_gradient_mma(const T* grad, Strides sg, const T* w, T* grad_x, Strides sx,
                                    Window window, int weight_channels, int group, int tiles,
-                                   int rows, int pitch, int plane_pitch) {
+                                   int rows, int together, int vector, int pitch,
+                                   int plane_pitch) {
     constexpr int R = K / 2;
-    constexpr int SHIFT = (8 - 2 * R % 8) % 8;  // makes the weights' copies aligned
+    constexpr int SHIFT = GRADIENT_MARGIN - 2 * R;
     extern __shared__ double shared[];
-    T* staged = reinterpret_cast<T*>(shared);
+    const Staged<T> staged = {reinterpret_cast<T*>(shared), GRADIENT_MARGIN, pitch, plane_pitch};
     const int width = window.width, height = window.height, plane = height * width;
     const int lines = rows + K - 1, padded = width + 2 * R;
     const int segments = (padded + SEGMENT - 1) / SEGMENT;
-    const Task task(weight_channels, tiles, rows, height, padded);
-    T* rings = staged + CHANNELS * plane_pitch;
-    auto* all = reinterpret_cast<Vector<T, 8>*>(rings);
-    for (int i = threadIdx.x; i < blockDim.x / 32 * (STAGES * K * GRADIENT_PITCH / 8); i += blockDim.x)
-        all[i] = {};
-    __syncthreads();
+    const Task task(weight_channels, tiles, rows, height, padded, 1);
+    T* rings = staged.data + CHANNELS * plane_pitch;
     T* ring = rings + task.warp * (STAGES * K * GRADIENT_PITCH);
+    for (int i = task.lane; i < STAGES * K * GRADIENT_PITCH / 8; i += 32)
+        reinterpret_cast<Vector<T, 8>*>(ring)[i] = {};
+    __syncwarp();
     // The segment reads the weights of columns begin - 2 * R to begin - 2 * R + 71 that exist.
     const int first = max(0, (task.begin - 2 * R) / V * V);
     const int last = min(width, task.begin - 2 * R + SEGMENT + 8);
-    const T* weights = w + (task.n * weight_channels + task.weight_channel) * K * K * plane + first;
+    const T* weights =
+        w + (static_cast<long long>(task.n) * weight_channels + task.weight_channel) * K * K * plane +
+        first;
     T* to_ring = ring + first - (task.begin - 2 * R) + SHIFT;
     int which = 0, ky = -1, position = task.row;
-    const auto row_of = [&] { return position + R - ky; };
-    const auto advance = [&] {
-        do {
+    bool more = task.active;
+    const Vectors<K, V> vectors(task.lane, (last - first + V - 1) / V * V);
+    // Starts copying the next row of windows that has a tap on this row; returns it, or -1.
+    const auto fetch_next = [&](int slot) {
+        int row = -1;
+        while (more && row < 0) {
             if (++ky == K) {
                 ky = 0;
                 do ++which;
                 while (which < IMAGES<REFLECT> &&
                        !image<REFLECT>(task.row, height, R, which, position));
+                more = which < IMAGES<REFLECT>;
             }
-        } while (which < IMAGES<REFLECT> && (row_of() < 0 || row_of() >= height));
-        return which < IMAGES<REFLECT>;
-    };
-    const Vectors<K, V> vectors(task.lane, (last - first + V - 1) / V * V);
-    const auto fetch = [&](int slot) {
-        const int from = ky * K * plane + row_of() * width;
-        vectors.visit([&](int kx, int column) {
-            copy_async<V>(to_ring + (slot * K + kx) * GRADIENT_PITCH + column,
-                          weights + (kx * plane + column) + from);
-        });
-    };
-    int query[STAGES];
-    bool more = task.active;
-#pragma unroll
-    for (int slot = 0; slot < STAGES; ++slot) query[slot] = -1;
-#pragma unroll
-    for (int slot = 0; slot < STAGES - 1; ++slot) {
-        more = more && advance();
-        query[slot] = more ? row_of() : -1;
-        if (more) fetch(slot);
+            row = position + R - ky;
+            if (!more || row >= height) row = -1;
+        }
+        if (row >= 0) {
+            const T* from = weights + (ky * K * plane + row * width);
+            vectors.visit([&](int kx, int column) {
+                copy_async<V>(to_ring + (slot * K + kx) * GRADIENT_PITCH + column,
+                              from + (kx * plane + column));
+            });
+        }
         end_group();
-    }
-    stage_planes<false, 0, V>(grad + task.n * sg.n + task.weight_channel * sg.c,
-                              weight_channels * sg.c, sg, window, group, task.top - R, lines, 2 * R,
-                              pitch, plane_pitch, staged);
-    const Band<K> band(task.lane);
+        return row;
+    };
+    int queue[STAGES];
+#pragma unroll
+    for (int slot = 0; slot < STAGES - 1; ++slot) queue[slot] = fetch_next(slot);
+    stage_planes<false, 0>(vector, grad + task.n * sg.n + task.weight_channel * sg.c,
+                           weight_channels * sg.c, sg, window, group, task.top - R, lines, staged);
+    const Band<K, SHIFT> band(task.lane);
+    const T* line = staged.data + task.matrix_row(plane_pitch) + (R - task.top) * pitch + task.begin;
+    // Diagonal d of the transposed band holds tap K - 1 - d, of column row + d.
+    const T* taps = ring + SHIFT + band.row;
+    const T* low = taps + (K - 1 - band.diagonal[0]) * GRADIENT_PITCH + band.diagonal[0];
+    const T* high = taps + (K - 1 - band.diagonal[1]) * GRADIENT_PITCH + band.diagonal[1];
     float sums[PRODUCTS][4] = {};
-    bool working = task.active;
-    while (working) {
+    for (bool working = true; working;) {
 #pragma unroll
         for (int slot = 0; slot < STAGES; ++slot) {
             const int next = (slot + STAGES - 1) % STAGES;
-            more = more && advance();
-            query[next] = more ? row_of() : -1;
-            if (more) fetch(next);
-            end_group();
+            if (queue[slot] < 0) {
+                working = false;
+                break;
+            }
+            queue[next] = fetch_next(next);
             wait_for_groups<STAGES - 1>();
             __syncwarp();
-            working = query[slot] >= 0;
-            if (!working) break;
-            const T* taps = ring + slot * K * GRADIENT_PITCH + SHIFT + band.row;
-            const T* columns = staged + task.matrix_row(plane_pitch) +
-                               (query[slot] - task.top + R) * pitch + task.begin;
-            // The diagonal d of the transposed band holds tap K - 1 - d, of column row + d.
-            const T* low = taps + (K - 1 - band.diagonal[0]) * GRADIENT_PITCH + band.diagonal[0];
-            const T* high = taps + (K - 1 - band.diagonal[1]) * GRADIENT_PITCH + band.diagonal[1];
+            const T* columns = line + queue[slot] * pitch;
 #pragma unroll
             for (int b = 0; b < PRODUCTS; ++b) {
-                if (b >= task.products) break;
+                if (task.begin + b * PIXELS >= padded) break;
+                const int at = slot * K * GRADIENT_PITCH + b * PIXELS;
                 unsigned matrices[4];
                 load_matrices<false>(columns + b * PIXELS, matrices);
-                band.template multiply<T>(sums[b], pair(low[b * PIXELS], high[b * PIXELS]),
-                                          pair(low[b * PIXELS + 8], high[b * PIXELS + 8]), matrices);
+                band.template multiply<T>(sums[b], pair(low[at], high[at]),
+                                          pair(low[at + 8], high[at + 8]), matrices);
             }
             __syncwarp();
         }
     }
     wait_for_groups<0>();
     __syncthreads();  // from here on, the rings hold the sums, 8 channels of each row
-    float* joined = reinterpret_cast<float*>(rings);
-    const int line = segments * SEGMENT + 4, own_line = task.row - task.top;
+    const int pitch_joined = segments * SEGMENT + 4;
+    float* joined =
+        reinterpret_cast<float*>(rings) + (task.row - task.top) * CHANNELS * pitch_joined;
     if (task.active)
 #pragma unroll
         for (int b = 0; b < PRODUCTS; ++b)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int g = task.lane % 4 * 2 + i % 2;
-                joined[(own_line * CHANNELS + g) * line + task.begin + b * PIXELS + band.row +
-                       i / 2 * 8] = sums[b][i];
-            }
+            for (int i = 0; i < 4; ++i)
+                joined[(task.lane % 4 * 2 + i % 2) * pitch_joined + task.begin + b * PIXELS +
+                       band.row + i / 2 * 8] = sums[b][i];
     __syncthreads();
-    const int here = min(rows, height - task.top);
-    for (int i = threadIdx.x; i < here * group * width; i += blockDim.x) {
-        const int column = i % width, g = i / width % group, row = i / width / group;
-        const float* from = joined + (row * CHANNELS + g) * line;
-        float sum = 0;
+    if (!task.active) return;
+    T* to = grad_x + task.n * sx.n + task.weight_channel * sx.c + task.row * sx.h;
+    for (int column = task.begin + task.lane; column < min(width, task.begin + SEGMENT); column += 32) {
+        int shown[IMAGES<REFLECT>];
+        bool there[IMAGES<REFLECT>];
 #pragma unroll
-        for (int k = 0; k < IMAGES<REFLECT>; ++k) {
-            int shown;
-            if (image<REFLECT>(column, width, R, k, shown)) sum += from[shown + R];
+        for (int k = 0; k < IMAGES<REFLECT>; ++k)
+            there[k] = image<REFLECT>(column, width, R, k, shown[k]);
+#pragma unroll
+        for (int g = 0; g < CHANNELS; ++g) {
+            if (g >= group) break;
+            float sum = 0;
+#pragma unroll
+            for (int k = 0; k < IMAGES<REFLECT>; ++k)
+                if (there[k]) sum += joined[g * pitch_joined + shown[k] + R];
+            to[g * weight_channels * sx.c + column * sx.w] = narrow<T>(sum);
         }
-        grad_x[task.n * sx.n + (task.weight_channel + g * weight_channels) * sx.c +
-               (task.top + row) * sx.h + column * sx.w] = narrow<T>(sum);
     }
 }

@@ -1,5 +1,6 @@
 """Launches of aggregation_mma.cu: 16-bit values on tensor cores."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +18,14 @@ from sanctl_ops.window import Window
 
 SOURCE = "aggregation_mma.cu"
 DTYPES = (torch.float16, torch.bfloat16)
-VECTORS = (8, 4, 2, 1)
+VECTORS = (8, 4, 1)
 MOST_WARPS = 8
 
 # As in banded_mma.cuh and aggregation_mma.cu.
 CHANNELS = 8
 PIXELS = 16
-SEGMENT = 64
+PRODUCTS = 4
+SEGMENT = PRODUCTS * PIXELS
 STAGES = 3
 WEIGHT_PITCH = 72
 GRADIENT_PITCH = 88
@@ -31,14 +33,30 @@ GRADIENT_PITCH = 88
 
 @dataclass(frozen=True)
 class _Plan:
-    """How the work on one layer is dealt out; sizes in elements."""
+    """How the work on one layer is dealt out.
+
+    Attributes:
+        window: the windows.
+        kernel_size: K.
+        weight_vector: weights that one copy moves.
+        plane_vector: pixels that one access moves when planes are staged.
+        weight_channels: channels of the weights.
+        group: channels that share a weight.
+        rows: rows of a tile.
+        together: rows that one warp takes.
+        warps: warps of a block.
+        pitch: elements of a staged line.
+        plane_pitch: elements of the staged lines of a channel.
+    """
 
     window: Window
     kernel_size: int
-    vector: int
+    weight_vector: int
+    plane_vector: int
     weight_channels: int
     group: int
     rows: int
+    together: int
     warps: int
     pitch: int
     plane_pitch: int
@@ -46,7 +64,7 @@ class _Plan:
 
 def forward(window: Window, x: Tensor, w: Tensor, out: Tensor) -> bool:
     """Write the weighted sums as `aggregation.forward` does; return False if these do not fit."""
-    plan = _plan(window, x.shape[3], w, x)
+    plan = _plan(window, x.shape[3], True, w, x)
     if plan is None:
         return False
     ring = STAGES * plan.kernel_size * WEIGHT_PITCH
@@ -57,7 +75,7 @@ def forward(window: Window, x: Tensor, w: Tensor, out: Tensor) -> bool:
 
 def weight_gradient(window: Window, grad: Tensor, x: Tensor, grad_w: Tensor) -> bool:
     """Write the gradient of w as `aggregation.weight_gradient` does; False if these do not fit."""
-    plan = _plan(window, x.shape[3], grad_w, x, grad)
+    plan = _plan(window, x.shape[3], True, grad_w, x, grad)
     if plan is None:
         return False
     taps = plan.kernel_size * WEIGHT_PITCH
@@ -69,7 +87,7 @@ def weight_gradient(window: Window, grad: Tensor, x: Tensor, grad_w: Tensor) -> 
 def input_gradient(window: Window, grad: Tensor, w: Tensor, grad_x: Tensor) -> bool:
     """Write the gradient of x as `aggregation.input_gradient` does; False if these do not fit."""
     padded = grad.shape[3] + 2 * window.padding
-    plan = _plan(window, padded, w, grad)
+    plan = _plan(window, padded, False, w, grad)
     if plan is None:
         return False
     ring = STAGES * plan.kernel_size * GRADIENT_PITCH
@@ -79,12 +97,15 @@ def input_gradient(window: Window, grad: Tensor, w: Tensor, grad_x: Tensor) -> b
     return _launch("aggregation_input_gradient_mma", plan, grad, planes, elements)
 
 
-def _plan(window: Window, columns: int, w: Tensor, *planes: Tensor) -> _Plan | None:
+def _plan(
+    window: Window, columns: int, join_rows: bool, w: Tensor, *planes: Tensor
+) -> _Plan | None:
     """Return how the kernels take these tensors, or None where they do not.
 
     Args:
         window: the windows.
         columns: columns of sums in a row, 16 of which make one product.
+        join_rows: whether a warp may take several short rows.
         w: the weights or their gradient.
         planes: what is staged, the first of them with the channels that share the weights.
     """
@@ -95,15 +116,42 @@ def _plan(window: Window, columns: int, w: Tensor, *planes: Tensor) -> _Plan | N
     if not size or w.dtype not in DTYPES or not w.is_contiguous() or not fits:
         return None
     height, width = planes[0].shape[2:]
-    tiles = -(-height // (MOST_WARPS // segments))
+    together = max(1, PRODUCTS // 2 ** math.ceil(math.log2(-(-columns // PIXELS))))
+    together = together if join_rows else 1
+    tiles = -(-height // (MOST_WARPS // segments * together))
     rows = -(-height // tiles)
+    warps = -(-rows // together) * segments
     pitch = -(-columns // PIXELS) * PIXELS + PIXELS
     # 16 bytes beyond a multiple of 128: the rows of a matrix lie in different banks.
     plane_pitch = -(-(rows + size - 1) * pitch // 64) * 64 + 8
-    vector = vector_width(width, w, *planes, widest=VECTORS[0])
-    if width // vector > rows * segments * 32:
+    plane_vector = vector_width(width, *planes, widest=8)
+    if width // plane_vector > warps * 32:
         return None
-    return _Plan(window, size, vector, w.shape[1], group, rows, rows * segments, pitch, plane_pitch)
+    return _Plan(
+        window,
+        size,
+        _weight_vector(w, width, height, rows, together),
+        plane_vector,
+        w.shape[1],
+        group,
+        rows,
+        together,
+        warps,
+        pitch,
+        plane_pitch,
+    )
+
+
+def _weight_vector(w: Tensor, width: int, height: int, rows: int, together: int) -> int:
+    """Return how many weights of a warp's rows, which lie in one piece, one copy may move."""
+    pieces = {width * min(together, height, rows)}
+    pieces |= {width * (height % rows % together), width * (rows % together)}
+    starts = width * math.gcd(together, rows)
+    for vector in VECTORS[:-1]:
+        divides = all(piece % vector == 0 for piece in (*pieces, starts, w.shape[3]))
+        if divides and w.data_ptr() % (vector * w.itemsize) == 0:
+            return vector
+    return 1
 
 
 def _launch(name: str, plan: _Plan, x: Tensor, planes: tuple[Argument, ...], elements: int) -> bool:
@@ -113,7 +161,7 @@ def _launch(name: str, plan: _Plan, x: Tensor, planes: tuple[Argument, ...], ele
     batch, _, height, width = x.shape
     tiles = -(-height // plan.rows)
     launch(
-        kernel(SOURCE, name, x.dtype, reflects(plan.window), plan.kernel_size, plan.vector),
+        kernel(SOURCE, name, x.dtype, reflects(plan.window), plan.kernel_size, plan.weight_vector),
         x.device,
         batch * plan.weight_channels * tiles,
         plan.warps * 32,
@@ -124,6 +172,8 @@ def _launch(name: str, plan: _Plan, x: Tensor, planes: tuple[Argument, ...], ele
             plan.group,
             tiles,
             plan.rows,
+            plan.together,
+            plan.plane_vector,
             plan.pitch,
             plan.plane_pitch,
         ),
