@@ -1,12 +1,11 @@
 """The self-attention module of SAN: weights from a K x K neighbourhood, applied to its values."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sanctl_models.checks import check_choice, check_kernel, check_width
-from sanctl_models.reflect import reflect_pad
-from sanctl_ops import aggregation, subtraction2
+from sanctl_models.normalise import normalise_relu
+from sanctl_ops import aggregation, concatenation, subtraction2
 
 PAIRWISE, PATCHWISE = 0, 1
 
@@ -53,12 +52,10 @@ class SAM(nn.Module):
         weight_planes = out_planes // share_planes
         taps = kernel_size * kernel_size
         if sa_type == PAIRWISE:
-            self.conv_w = _weight_layers(rel_planes + 2, rel_planes, weight_planes)
+            self.conv_w = WeightLayers(rel_planes + 2, rel_planes, weight_planes)
             self.conv_p = nn.Conv2d(2, 2, 1)
         else:
-            self.conv_w = _weight_layers(
-                rel_planes * (taps + 1), weight_planes, taps * weight_planes
-            )
+            self.conv_w = WeightLayers(rel_planes * (taps + 1), weight_planes, taps * weight_planes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, out_planes, H, W) for x (N, in_planes, H, W); H and W exceed K // 2."""
@@ -85,8 +82,7 @@ class SAM(nn.Module):
 
     def _patchwise_weights(self, query: Tensor, key: Tensor) -> Tensor:
         """Return weights straight from the whole patch, (N, weight_planes, K*K, H*W)."""
-        patch = F.unfold(reflect_pad(key, self.padding), self.kernel_size)
-        relation = torch.cat((query.flatten(2), patch), 1).unsqueeze(2)
+        relation = concatenation(query, key, self.kernel_size, padding=self.padding)
         taps = self.kernel_size * self.kernel_size
         weights: Tensor = self.conv_w(relation)
         return weights.view(query.shape[0], -1, taps, relation.shape[-1])
@@ -104,12 +100,27 @@ def position_map(x: Tensor) -> Tensor:
     return torch.stack(grid).unsqueeze(0)
 
 
-def _weight_layers(planes: int, hidden: int, out: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.BatchNorm2d(planes),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(planes, hidden, 1, bias=False),
-        nn.BatchNorm2d(hidden),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(hidden, out, 1),
-    )
+class WeightLayers(nn.Sequential):
+    """Makes weights from relations: twice batch normalisation, ReLU and a 1x1 convolution.
+
+    Args:
+        planes: channels of the relation.
+        hidden: channels between the convolutions.
+        out: channels of the weights.
+    """
+
+    def __init__(self, planes: int, hidden: int, out: int) -> None:
+        super().__init__(
+            nn.BatchNorm2d(planes),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(planes, hidden, 1, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden, out, 1),
+        )
+
+    def forward(self, relation: Tensor) -> Tensor:
+        """Return (N, out, ...) for a relation (N, planes, ...), 4-d."""
+        hidden: Tensor = self[2](normalise_relu(self[0], relation))
+        weights: Tensor = self[5](normalise_relu(self[3], hidden))
+        return weights

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sanctl_models import Network, build_model
-from sanctl_models.reflect import reflect_pad
 from sanctl_models.sam import SAM, position_map
 
 SA_TYPES = pytest.mark.parametrize("sa_type", [0, 1], ids=["pairwise", "patchwise"])
@@ -145,19 +144,6 @@ def test_autocast_trains(sa_type: int) -> None:
     assert logits.dtype == torch.bfloat16
     logits.float().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-@pytest.mark.parametrize(("height", "width", "padding"), [(2, 2, 1), (4, 7, 3), (5, 3, 2)])
-def test_reflect_pad_is_torchs_with_its_gradients(height: int, width: int, padding: int) -> None:
-    x = torch.randn(2, 3, height, width, dtype=torch.float64, requires_grad=True)
-    padded = reflect_pad(x, padding)
-    expected = F.pad(x, [padding] * 4, mode="reflect")
-    assert padded.equal(expected)
-    grad = torch.randn_like(padded)
-    (ours,) = torch.autograd.grad(padded, x, grad)
-    (torchs,) = torch.autograd.grad(expected, x, grad)
-    torch.testing.assert_close(ours, torchs)
-    assert torch.autograd.gradgradcheck(lambda t: reflect_pad(t, padding), x)
 
 
 def tiny_in_general_position(sa_type: int) -> Network:
