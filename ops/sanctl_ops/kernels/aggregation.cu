@@ -8,7 +8,8 @@
 #include "window_gradient.cuh"
 
 constexpr int CHANNELS = 8;   // that share a weight, at most: each keeps its sums in registers
-constexpr int THREADS = 128;  // of a block, at most
+constexpr int THREADS = 224;  // of a block, at most: 16 rows of 14 vectors, or 8 of 28
+constexpr int GRADIENT_THREADS = 128;  // the same for the gradient of x, which takes more registers
 constexpr int STAGES = 2;     // rows of taps under way or in use
 
 struct Tile {
@@ -48,11 +49,21 @@ struct Ring {
     }
 };
 
-// A line of the staged tile, in elements: what the last thread reads, V at a time.
+// How the lines of a staged tile are laid out, for reads of V elements at a time.
 template <int K, int V>
-__device__ inline int staged_width(int width) {
-    return width - V + (V + K - 2) / V * V + V;
-}
+struct Line {
+    static __device__ constexpr int vectors(int elements) { return (elements + V - 1) / V; }
+
+    // Columns before the first pixel: whole vectors where that costs no extra read.
+    static constexpr int WHOLE = vectors(K / 2) * V;
+    static constexpr bool FREE = vectors(V + K - 1 + WHOLE - K / 2) == vectors(V + K - 1);
+    static constexpr int MARGIN = FREE ? WHOLE : K / 2;
+    // What lies before the first tap in the vectors that a thread reads, and how many it reads.
+    static constexpr int SKIPPED = MARGIN - K / 2;
+    static constexpr int READ = vectors(V + K - 1 + SKIPPED);
+
+    static __device__ int pitch(int width) { return width - V + READ * V; }
+};
 
 // Writes what the margins of a staged row take from this thread's V pixels of it.
 template <bool REFLECT, int RADIUS, int V, typename A>
@@ -76,10 +87,10 @@ __device__ inline void fill_margins(A* row, int column, int width, const A (&val
 }
 
 // Copies lines of `group` planes, `lines` of each from row `first` on, into shared memory, at column
-// RADIUS of lines of `pitch` elements. Rows outside the plane are reflected or zero, and so are
+// MARGIN of lines of `pitch` elements. Rows outside the plane are reflected or zero, and so are
 // RADIUS columns on both sides. Threads own V columns, and have several loads under way before they
 // wait for the first.
-template <bool REFLECT, int RADIUS, int V, typename T, typename A>
+template <bool REFLECT, int RADIUS, int MARGIN, int V, typename T, typename A>
 __device__ inline void stage(const T* planes, long long plane_stride, const Strides& strides,
                              const Window& window, int group, int first, int lines, int rows,
                              int pitch, A* staged) {
@@ -102,19 +113,22 @@ __device__ inline void stage(const T* planes, long long plane_stride, const Stri
 #pragma unroll
         for (int k = 0; k < AT_ONCE; ++k) {
             if (begin + k * rows >= group * lines) break;
-            A* row = staged + (begin + k * rows) * pitch + RADIUS;
+            A* row = staged + (begin + k * rows) * pitch + MARGIN;
+            if constexpr (MARGIN % V == 0)
+                store<V>(row + column, values[k]);
+            else
 #pragma unroll
-            for (int e = 0; e < V; ++e) row[column + e] = values[k][e];
+                for (int e = 0; e < V; ++e) row[column + e] = values[k][e];
             fill_margins<REFLECT, RADIUS, V>(row, column, width, values[k]);
         }
     }
 }
 
-// What a row of K taps reads in V neighbouring windows.
+// What a row of K taps reads in V neighbouring windows: tap kx of window e at SKIPPED + kx + e.
 template <int K, int V, typename A>
-__device__ inline void read_staged(const A* line, A (&values)[(V + K - 2) / V * V + V]) {
+__device__ inline void read_staged(const A* line, A (&values)[Line<K, V>::READ * V]) {
 #pragma unroll
-    for (int part = 0; part <= (V + K - 2) / V; ++part) {
+    for (int part = 0; part < Line<K, V>::READ; ++part) {
         const auto vector = *reinterpret_cast<const Vector<A, V>*>(line + part * V);
 #pragma unroll
         for (int e = 0; e < V; ++e) values[part * V + e] = vector.at[e];
@@ -140,8 +154,8 @@ __global__ void __launch_bounds__(THREADS)
     };
 #pragma unroll
     for (int ky = 0; ky < STAGES - 1; ++ky) fetch(ky);
-    const int pitch = staged_width<K, V>(width), lines = rows + K - 1;
-    stage<REFLECT, K / 2, V>(x + tile.n * sx.n + tile.weight_channel * sx.c,
+    const int pitch = Line<K, V>::pitch(width), lines = rows + K - 1;
+    stage<REFLECT, K / 2, Line<K, V>::MARGIN, V>(x + tile.n * sx.n + tile.weight_channel * sx.c,
                              weight_channels * sx.c, sx, window, group, tile.top - K / 2, lines,
                              rows, pitch, staged);
     __syncthreads();
@@ -158,12 +172,12 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int g = 0; g < CHANNELS; ++g) {
             if (g >= group) break;
-            A values[(V + K - 2) / V * V + V];
+            A values[Line<K, V>::READ * V];
             read_staged<K, V>(line + (g * lines + ky) * pitch, values);
 #pragma unroll
             for (int kx = 0; kx < K; ++kx)
 #pragma unroll
-                for (int e = 0; e < V; ++e) sums[g][e] += weight[kx][e] * values[kx + e];
+                for (int e = 0; e < V; ++e) sums[g][e] += weight[kx][e] * values[Line<K, V>::SKIPPED + kx + e];
         }
     }
     T* to = out + tile.n * so.n + tile.weight_channel * so.c + tile.row * so.h + tile.column * so.w;
@@ -190,8 +204,8 @@ __global__ void __launch_bounds__(THREADS)
         for (int g = 0; g < CHANNELS; ++g)
             if (g < group) load_row<V>(from + g * weight_channels * sg.c, sg.w, slopes[g]);
     }
-    const int pitch = staged_width<K, V>(width), lines = rows + K - 1;
-    stage<REFLECT, K / 2, V>(x + tile.n * sx.n + tile.weight_channel * sx.c,
+    const int pitch = Line<K, V>::pitch(width), lines = rows + K - 1;
+    stage<REFLECT, K / 2, Line<K, V>::MARGIN, V>(x + tile.n * sx.n + tile.weight_channel * sx.c,
                              weight_channels * sx.c, sx, window, group, tile.top - K / 2, lines,
                              rows, pitch, staged);
     __syncthreads();
@@ -205,12 +219,12 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int g = 0; g < CHANNELS; ++g) {
             if (g >= group) break;
-            A values[(V + K - 2) / V * V + V];
+            A values[Line<K, V>::READ * V];
             read_staged<K, V>(line + (g * lines + ky) * pitch, values);
 #pragma unroll
             for (int kx = 0; kx < K; ++kx)
 #pragma unroll
-                for (int e = 0; e < V; ++e) sums[kx][e] += slopes[g][e] * values[kx + e];
+                for (int e = 0; e < V; ++e) sums[kx][e] += slopes[g][e] * values[Line<K, V>::SKIPPED + kx + e];
         }
 #pragma unroll
         for (int kx = 0; kx < K; ++kx)
@@ -219,7 +233,7 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 template <typename T, bool REFLECT, int K, int V>
-__global__ void __launch_bounds__(THREADS, 3)
+__global__ void __launch_bounds__(GRADIENT_THREADS, 3)
     aggregation_input_gradient_same(const T* grad, Strides sg, const T* w, T* grad_x, Strides sx,
                                     Window window, int weight_channels, int group, int tiles,
                                     int rows) {
@@ -254,7 +268,7 @@ __global__ void __launch_bounds__(THREADS, 3)
         return row;
     };
     int row = fetch_next(0);
-    stage<false, 0, V>(grad + tile.n * sg.n + tile.weight_channel * sg.c, weight_channels * sg.c, sg,
+    stage<false, 0, 0, V>(grad + tile.n * sg.n + tile.weight_channel * sg.c, weight_channels * sg.c, sg,
                        window, group, tile.top - K / 2, lines, rows, width, staged);
     __syncthreads();
     A sums[CHANNELS][V + K - 1] = {};

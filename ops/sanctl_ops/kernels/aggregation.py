@@ -22,7 +22,8 @@ THREADS = 256
 
 # As in aggregation.cu.
 CHANNELS = 8
-SAME_THREADS = 128
+SAME_THREADS = 224
+GRADIENT_THREADS = 128
 STAGES = 2
 
 
@@ -32,7 +33,7 @@ def forward(window: Window, x: Tensor, w: Tensor, out: Tensor) -> None:
     result = (out, strides_argument(out))
     if aggregation_mma.forward(window, x, w, out):
         return
-    plan = _plan(window, w, x, out)
+    plan = _plan(window, SAME_THREADS, w, x, out)
     if plan and plan.launch("aggregation_same", (*planes, *result), plan.ring + plan.windows):
         return
     arguments = (*planes, strides_argument(w), *result)
@@ -44,7 +45,7 @@ def weight_gradient(window: Window, grad: Tensor, x: Tensor, grad_w: Tensor) -> 
     planes = (grad, strides_argument(grad), x, strides_argument(x), grad_w)
     if aggregation_mma.weight_gradient(window, grad, x, grad_w):
         return
-    plan = _plan(window, grad_w, x, grad)
+    plan = _plan(window, SAME_THREADS, grad_w, x, grad)
     if plan and plan.launch("aggregation_weight_gradient_same", planes, plan.windows):
         return
     _, weight_channels, taps, windows = grad_w.shape
@@ -59,7 +60,7 @@ def input_gradient(window: Window, grad: Tensor, w: Tensor, grad_x: Tensor) -> N
     result = (grad_x, strides_argument(grad_x))
     if aggregation_mma.input_gradient(window, grad, w, grad_x):
         return
-    plan = _plan(window, w, grad, grad_x)
+    plan = _plan(window, GRADIENT_THREADS, w, grad, grad_x)
     shared = plan.ring + plan.rows_around + plan.joined if plan else 0
     if plan and plan.launch("aggregation_input_gradient_same", (*planes, *result), shared):
         return
@@ -114,8 +115,9 @@ class _Plan:
     @property
     def windows(self) -> int:
         """Bytes of the pixels that the windows of a tile read."""
-        vectors_read = -(-(self.vector + self.kernel_size - 1) // self.vector)
-        return self._lines(self.x.shape[3] + (vectors_read - 1) * self.vector)
+        # A bound on Line::pitch: what the last thread reads, V at a time.
+        beyond = self.kernel_size - 1 + self.vector - 1
+        return self._lines(self.x.shape[3] + -(-beyond // self.vector) * self.vector)
 
     @property
     def rows_around(self) -> int:
@@ -151,7 +153,7 @@ class _Plan:
         return True
 
 
-def _plan(window: Window, w: Tensor, *planes: Tensor) -> _Plan | None:
+def _plan(window: Window, most_threads: int, w: Tensor, *planes: Tensor) -> _Plan | None:
     """Return how a kernel `*_same` takes these tensors, or None where it does not."""
     size = same_kernel_size(window)
     group = planes[0].shape[1] // w.shape[1]
@@ -160,7 +162,7 @@ def _plan(window: Window, w: Tensor, *planes: Tensor) -> _Plan | None:
     height, width = planes[0].shape[2:]
     vector = vector_width(width, w, *planes)
     vectors = width // vector
-    if vectors > SAME_THREADS:
+    if vectors > most_threads:
         return None
-    rows = rows_of_tile(height, vectors, SAME_THREADS)
+    rows = rows_of_tile(height, vectors, most_threads)
     return _Plan(window, planes[0], size, vector, w.shape[1], group, rows)

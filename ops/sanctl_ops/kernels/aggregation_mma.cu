@@ -52,27 +52,32 @@ struct Task {
     }
 };
 
-// The vectors of K rows of `count` elements, dealt out to a warp.
-template <int K, int V>
+// The vectors of K rows of `count` elements, `plane` elements apart in global memory and PITCH in
+// shared memory, dealt out to a warp: at most two to a lane.
+template <typename T, int K, int V, int PITCH>
 struct Vectors {
-    int lane, vectors;
-    int row[2], column[2];  // of the lane's first two vectors; most lanes have no more
+    unsigned lane, vectors;
+    int plane, there[2], here[2];
 
-    __device__ Vectors(int lane, int count) : lane(lane), vectors(count / V) {
+    __device__ Vectors(unsigned lane, int count, int plane)
+        : lane(lane), vectors(count / V), plane(plane) {
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-            row[k] = (lane + k * 32) / max(vectors, 1);
-            column[k] = (lane + k * 32 - row[k] * vectors) * V;
-        }
+        for (int k = 0; k < 2; ++k) place(lane + k * 32, there[k], here[k]);
     }
 
-    // Hands this lane's vectors to visit(row, column).
+    // Hands the places of this lane's vectors to visit(in global memory, in shared memory).
     template <typename Visit>
     __device__ void visit(Visit visit) const {
 #pragma unroll
         for (int k = 0; k < 2; ++k)
-            if (lane + k * 32 < K * vectors) visit(row[k], column[k]);
-        for (int i = lane + 64; i < K * vectors; i += 32) visit(i / vectors, i % vectors * V);
+            if (lane + k * 32 < K * vectors) visit(there[k], here[k]);
+    }
+
+  private:
+    __device__ void place(unsigned i, int& global, int& shared) const {
+        const unsigned row = i / max(vectors, 1u), column = (i - row * vectors) * V;
+        global = row * plane + column;
+        shared = row * PITCH + column;
     }
 };
 
@@ -86,16 +91,15 @@ __global__ void __launch_bounds__(256, 4)
     const int width = window.width, plane = window.height * width, lines = rows + K - 1;
     const Task task(weight_channels, tiles, rows, window.height, width, together);
     const int count = together > 1 ? task.rows * width : min(SEGMENT, width - task.begin);
-    const Vectors<K, V> vectors(task.lane, task.active ? count : 0);
+    const Vectors<T, K, V, WEIGHT_PITCH> vectors(task.lane, task.active ? count : 0, plane);
     T* ring = staged.data + CHANNELS * plane_pitch + task.warp * (STAGES * K * WEIGHT_PITCH);
     const T* weights =
         w + (static_cast<long long>(task.n) * weight_channels + task.weight_channel) * K * K * plane +
         task.row * width + task.begin;
     const auto fetch = [&](int ky) {
         if (ky < K)
-            vectors.visit([&](int kx, int column) {
-                copy_async<V>(ring + (ky % STAGES * K + kx) * WEIGHT_PITCH + column,
-                              weights + (kx * plane + column));
+            vectors.visit([&](int there, int here) {
+                copy_async<V>(ring + ky % STAGES * K * WEIGHT_PITCH + here, weights + there);
             });
         weights += K * plane;
         end_group();
@@ -109,7 +113,14 @@ __global__ void __launch_bounds__(256, 4)
     const Band<K, WINDOW_MARGIN - K / 2> band(task.lane);
     const T* low = ring + band.row + band.diagonal[0] * WEIGHT_PITCH;
     const T* high = ring + band.row + band.diagonal[1] * WEIGHT_PITCH;
-    const T* line = staged.data + task.matrix_row(plane_pitch) + (task.row - task.top) * pitch;
+    unsigned columns[PRODUCTS];  // addresses of this lane's row of the matrices
+    int pixels[PRODUCTS];        // first pixels of the products, in the ring
+#pragma unroll
+    for (int b = 0; b < PRODUCTS; ++b) {
+        columns[b] = shared_address(staged.data + task.matrix_row(plane_pitch) + task.column_of(b) +
+                                    (task.row - task.top + task.row_of(b)) * pitch);
+        pixels[b] = task.row_of(b) * width + task.column_of(b) - task.begin;
+    }
     float sums[PRODUCTS][4] = {};
 #pragma unroll
     for (int ky = 0; ky < K; ++ky) {
@@ -119,14 +130,13 @@ __global__ void __launch_bounds__(256, 4)
 #pragma unroll
         for (int b = 0; b < PRODUCTS; ++b) {
             if (!task.has(b, width)) continue;
-            const int at = ky % STAGES * K * WEIGHT_PITCH + task.row_of(b) * width +
-                           task.column_of(b) - task.begin;
+            const int at = ky % STAGES * K * WEIGHT_PITCH + pixels[b];
             unsigned matrices[4];
-            load_matrices<false>(line + task.row_of(b) * pitch + task.column_of(b), matrices);
+            load_matrices<false>(columns[b], matrices);
             band.template multiply<T>(sums[b], pair(low[at], high[at]),
                                       pair(low[at + 8], high[at + 8]), matrices);
+            columns[b] += pitch * sizeof(T);
         }
-        line += pitch;
         __syncwarp();
     }
     // The lane holds two pixels, 8 columns apart, of two channels.
@@ -166,52 +176,53 @@ __global__ void __launch_bounds__(256, 4)
                            weight_channels * sg.c, sg, window, group, task.top, rows, slopes);
     if (!task.active) return;
     const int count = together > 1 ? task.rows * width : min(SEGMENT, width - task.begin);
-    const Vectors<K, V> vectors(task.lane, count);
+    const Vectors<T, K, V, WEIGHT_PITCH> vectors(task.lane, count, plane);
     T* taps = slopes.data + CHANNELS * plane_pitch + task.warp * (K * WEIGHT_PITCH);
     T* to = grad_w +
             (static_cast<long long>(task.n) * weight_channels + task.weight_channel) * K * K * plane +
             task.row * width + task.begin;
     const Band<K, WINDOW_MARGIN - K / 2> band(task.lane);
     const int own = task.matrix_row(plane_pitch) + (task.row - task.top) * pitch;
-    const T* line = staged.data + own;
+    unsigned columns[PRODUCTS];  // addresses of this lane's row of the matrices
+    T* own_taps[PRODUCTS];       // of the products' first pixels
     // Transposed, pairs of channels are neighbours: 16 pixels x 8, and below 8 x 24 columns.
     unsigned pixels[PRODUCTS][4];
 #pragma unroll
-    for (int b = 0; b < PRODUCTS; ++b)
-        if (task.has(b, width))
-            load_matrices<true>(slopes.data + own + task.row_of(b) * pitch + task.column_of(b),
-                                pixels[b]);
+    for (int b = 0; b < PRODUCTS; ++b) {
+        const int at = own + task.row_of(b) * pitch + task.column_of(b);
+        columns[b] = shared_address(staged.data + at);
+        own_taps[b] = taps + task.row_of(b) * width + task.column_of(b) - task.begin + band.row;
+        if (task.has(b, width)) load_matrices<true>(shared_address(slopes.data + at), pixels[b]);
+    }
 #pragma unroll 1
     for (int ky = 0; ky < K; ++ky) {
 #pragma unroll
         for (int b = 0; b < PRODUCTS; ++b) {
             if (!task.has(b, width)) continue;
             unsigned matrices[4];
-            load_matrices<true>(line + task.row_of(b) * pitch + task.column_of(b), matrices);
+            load_matrices<true>(columns[b], matrices);
+            columns[b] += pitch * sizeof(T);
             float products[3][4] = {};
 #pragma unroll
             for (int m = 0; m < 3; ++m)
                 Mma<T>::k8(products[m], pixels[b][0], pixels[b][1], matrices[m]);
-            const int in_row = task.column_of(b) + band.row;
-            T* tap = taps + task.row_of(b) * width + in_row - task.begin;
+            const int left = width - task.column_of(b) - band.row;  // pixels from this lane's on
 #pragma unroll
             for (int p = 0; p < 2; ++p) {
-                if (!band.inside[p]) continue;
-                T* own_tap = tap + band.diagonal[p] * WEIGHT_PITCH;
-                if (in_row < width)
-                    own_tap[0] = narrow<T>(band.block[p] ? products[1][p] : products[0][p]);
-                if (in_row + 8 < width)
-                    own_tap[8] = narrow<T>(band.block[p] ? products[2][2 + p] : products[1][2 + p]);
+                T* tap = own_taps[b] + band.diagonal[p] * WEIGHT_PITCH;
+                if (band.inside[p] && left > 0)
+                    tap[0] = narrow<T>(band.block[p] ? products[1][p] : products[0][p]);
+                if (band.inside[p] && left > 8)
+                    tap[8] = narrow<T>(band.block[p] ? products[2][2 + p] : products[1][2 + p]);
             }
         }
         __syncwarp();
-        vectors.visit([&](int kx, int column) {
-            *reinterpret_cast<Vector<T, V>*>(to + (kx * plane + column)) =
-                *reinterpret_cast<const Vector<T, V>*>(taps + kx * WEIGHT_PITCH + column);
+        vectors.visit([&](int there, int here) {
+            *reinterpret_cast<Vector<T, V>*>(to + there) =
+                *reinterpret_cast<const Vector<T, V>*>(taps + here);
         });
         __syncwarp();
         to += K * plane;
-        line += pitch;
     }
 }
 
@@ -245,7 +256,7 @@ __global__ void __launch_bounds__(256, 3)
     T* to_ring = ring + first - (task.begin - 2 * R) + SHIFT;
     int which = 0, ky = -1, position = task.row;
     bool more = task.active;
-    const Vectors<K, V> vectors(task.lane, (last - first + V - 1) / V * V);
+    const Vectors<T, K, V, GRADIENT_PITCH> vectors(task.lane, (last - first + V - 1) / V * V, plane);
     // Starts copying the next row of windows that has a tap on this row; returns it, or -1.
     const auto fetch_next = [&](int slot) {
         int row = -1;
@@ -262,9 +273,8 @@ __global__ void __launch_bounds__(256, 3)
         }
         if (row >= 0) {
             const T* from = weights + (ky * K * plane + row * width);
-            vectors.visit([&](int kx, int column) {
-                copy_async<V>(to_ring + (slot * K + kx) * GRADIENT_PITCH + column,
-                              from + (kx * plane + column));
+            vectors.visit([&](int there, int here) {
+                copy_async<V>(to_ring + slot * K * GRADIENT_PITCH + here, from + there);
             });
         }
         end_group();
@@ -276,7 +286,8 @@ __global__ void __launch_bounds__(256, 3)
     stage_planes<false, 0>(vector, grad + task.n * sg.n + task.weight_channel * sg.c,
                            weight_channels * sg.c, sg, window, group, task.top - R, lines, staged);
     const Band<K, SHIFT> band(task.lane);
-    const T* line = staged.data + task.matrix_row(plane_pitch) + (R - task.top) * pitch + task.begin;
+    const unsigned line = shared_address(staged.data + task.matrix_row(plane_pitch) + task.begin +
+                                         (R - task.top) * pitch);
     // Diagonal d of the transposed band holds tap K - 1 - d, of column row + d.
     const T* taps = ring + SHIFT + band.row;
     const T* low = taps + (K - 1 - band.diagonal[0]) * GRADIENT_PITCH + band.diagonal[0];
@@ -293,13 +304,13 @@ __global__ void __launch_bounds__(256, 3)
             queue[next] = fetch_next(next);
             wait_for_groups<STAGES - 1>();
             __syncwarp();
-            const T* columns = line + queue[slot] * pitch;
+            const unsigned columns = line + queue[slot] * pitch * static_cast<int>(sizeof(T));
 #pragma unroll
             for (int b = 0; b < PRODUCTS; ++b) {
                 if (task.begin + b * PIXELS >= padded) break;
                 const int at = slot * K * GRADIENT_PITCH + b * PIXELS;
                 unsigned matrices[4];
-                load_matrices<false>(columns + b * PIXELS, matrices);
+                load_matrices<false>(columns + b * PIXELS * sizeof(T), matrices);
                 band.template multiply<T>(sums[b], pair(low[at], high[at]),
                                           pair(low[at + 8], high[at + 8]), matrices);
             }

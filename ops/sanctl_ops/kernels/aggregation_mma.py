@@ -18,7 +18,7 @@ from sanctl_ops.window import Window
 
 SOURCE = "aggregation_mma.cu"
 DTYPES = (torch.float16, torch.bfloat16)
-VECTORS = (8, 4, 1)
+VECTORS = (8, 4)
 MOST_WARPS = 8
 
 # As in banded_mma.cuh and aggregation_mma.cu.
@@ -29,6 +29,11 @@ SEGMENT = PRODUCTS * PIXELS
 STAGES = 3
 WEIGHT_PITCH = 72
 GRADIENT_PITCH = 88
+VECTORS_OF_WARP = 64
+# Weights in a row of taps that a warp copies at most: those of its pixels, and for the gradient of
+# the input those around them, too, from one vector's start to another's end.
+LONGEST_PIECE = SEGMENT
+LONGEST_GRADIENT_PIECE = SEGMENT + 16
 
 
 @dataclass(frozen=True)
@@ -125,12 +130,15 @@ def _plan(
     # 16 bytes beyond a multiple of 128: the rows of a matrix lie in different banks.
     plane_pitch = -(-(rows + size - 1) * pitch // 64) * 64 + 8
     plane_vector = vector_width(width, *planes, widest=8)
-    if width // plane_vector > warps * 32:
+    longest = LONGEST_PIECE if join_rows else LONGEST_GRADIENT_PIECE
+    pieces = [width * n for n in (together, height % rows % together, rows % together)]
+    weight_vector = _weight_vector(w, pieces, size * min(pieces[0], longest))
+    if width // plane_vector > warps * 32 or weight_vector is None:
         return None
     return _Plan(
         window,
         size,
-        _weight_vector(w, width, height, rows, together),
+        weight_vector,
         plane_vector,
         w.shape[1],
         group,
@@ -142,16 +150,20 @@ def _plan(
     )
 
 
-def _weight_vector(w: Tensor, width: int, height: int, rows: int, together: int) -> int:
-    """Return how many weights of a warp's rows, which lie in one piece, one copy may move."""
-    pieces = {width * min(together, height, rows)}
-    pieces |= {width * (height % rows % together), width * (rows % together)}
-    starts = width * math.gcd(together, rows)
-    for vector in VECTORS[:-1]:
-        divides = all(piece % vector == 0 for piece in (*pieces, starts, w.shape[3]))
-        if divides and w.data_ptr() % (vector * w.itemsize) == 0:
+def _weight_vector(w: Tensor, pieces: list[int], row_of_taps: int) -> int | None:
+    """Return how many weights one copy may move, if a warp can copy a row of taps at once.
+
+    Args:
+        w: the weights.
+        pieces: lengths of what a warp copies of one tap.
+        row_of_taps: what it copies at most of a row of taps.
+    """
+    for vector in VECTORS:
+        divides = all(piece % vector == 0 for piece in (*pieces, w.shape[3]))
+        aligned = w.data_ptr() % (vector * w.itemsize) == 0
+        if divides and aligned and row_of_taps <= vector * VECTORS_OF_WARP:
             return vector
-    return 1
+    return None
 
 
 def _launch(name: str, plan: _Plan, x: Tensor, planes: tuple[Argument, ...], elements: int) -> bool:

@@ -48,18 +48,18 @@ DEFINE_MMA(Half, "f16")
 DEFINE_MMA(BFloat16, "bf16")
 #undef DEFINE_MMA
 
-// Four 8 x 8 matrices; lane l gives the address of 8 elements, row l % 8 of matrix l / 8.
+// Four 8 x 8 matrices; lane l gives the shared address of 8 elements, row l % 8 of matrix l / 8.
 template <bool TRANSPOSED>
-__device__ inline void load_matrices(const void* row, unsigned (&matrices)[4]) {
+__device__ inline void load_matrices(unsigned row, unsigned (&matrices)[4]) {
     if (TRANSPOSED)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
-                     : "r"(shared_address(row))
+                     : "r"(row)
                      : "memory");
     else
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
-                     : "r"(shared_address(row))
+                     : "r"(row)
                      : "memory");
 }
 
