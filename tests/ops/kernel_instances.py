@@ -1,0 +1,78 @@
+"""Every instantiation of the kernels that is ever asked for, file by file.
+
+`test_ops_kernels_compile.py` compiles them, and holds them against the sources and the launches.
+"""
+
+import itertools
+from collections.abc import Iterable
+
+import torch
+
+from sanctl_ops.checks import DTYPES
+from sanctl_ops.kernels import aggregation_mma, runtime
+from sanctl_ops.kernels.geometry import SAME_KERNEL_SIZES, VECTOR_BYTES
+
+Parameters = tuple[torch.dtype | bool | int, ...]
+REFLECTS = (True, False)
+
+
+def _vectors(vectors: Iterable[int], dtypes: Iterable[torch.dtype]) -> list[Parameters]:
+    pairs = itertools.product(dtypes, vectors)
+    return [(dtype, v) for dtype, v in pairs if v * dtype.itemsize <= VECTOR_BYTES]
+
+
+def _same(vectors: Iterable[int], dtypes: Iterable[torch.dtype]) -> list[Parameters]:
+    chosen = itertools.product(_vectors(vectors, dtypes), REFLECTS, SAME_KERNEL_SIZES)
+    return [(dtype, reflects, k, vector) for (dtype, vector), reflects, k in chosen]
+
+
+ANY: list[Parameters] = list(itertools.product(DTYPES, REFLECTS))
+SAME = _same((1, 2, 4), DTYPES)
+MMA = _same(aggregation_mma.VECTORS, aggregation_mma.DTYPES)
+ELEMENTS = _vectors((1, 4), DTYPES)
+SUMS: list[Parameters] = [(torch.float32,), (torch.float64,)]
+
+TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
+    "aggregation.cu": {
+        "aggregation": ANY,
+        "aggregation_same": SAME,
+        "aggregation_weight_gradient": ANY,
+        "aggregation_weight_gradient_same": SAME,
+        "aggregation_input_gradient": ANY,
+        "aggregation_input_gradient_same": SAME,
+    },
+    "aggregation_mma.cu": {
+        "aggregation_mma": MMA,
+        "aggregation_weight_gradient_mma": MMA,
+        "aggregation_input_gradient_mma": MMA,
+    },
+    "batch_norm_relu.cu": {
+        "moments": ELEMENTS,
+        "join_moments": SUMS,
+        "normalise": ELEMENTS,
+        "slope_sums": ELEMENTS,
+        "join_sums": SUMS,
+        "input_gradient": ELEMENTS,
+    },
+    "concatenation.cu": {
+        "concatenation": ANY,
+        "concatenation_same": SAME,
+        "concatenation_backward": ANY,
+        "concatenation_backward_same": SAME,
+    },
+    "subtraction2.cu": {
+        "subtraction2": ANY,
+        "subtraction2_same": SAME,
+        "subtraction2_backward": ANY,
+        "subtraction2_backward_same": SAME,
+    },
+}
+
+
+def instances(source: str) -> list[runtime.Kernel]:
+    """Return the instantiations of one file."""
+    return [
+        runtime.kernel(source, name, *parameters)
+        for name, choices in TEMPLATES[source].items()
+        for parameters in choices
+    ]

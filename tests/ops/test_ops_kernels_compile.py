@@ -1,0 +1,144 @@
+"""The kernels without a GPU: all of them compile, and are launched with what they declare."""
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kernel_instances import TEMPLATES, instances
+from op_cases import CASES, OPERATORS, Case, Operator, make_inputs
+from torch import Tensor
+
+import sanctl_ops
+from sanctl_ops import kernels
+from sanctl_ops.checks import DTYPES
+from sanctl_ops.kernels import geometry, runtime
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+# Machine code, but not the fastest: that takes ten times as long.
+QUICKLY = ("--Ofast-compile=max", "--split-compile=0")
+DECLARATION = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(([^)]*)\)")
+# What a parameter's C++ type takes.
+PASSED = {"int": int, "unsigned": np.uint32, "double": float, "Window": np.ndarray}
+PASSED |= {"Strides": np.ndarray}
+
+# Vectors of 8, 4, 2 and 1 pixels; 16-bit ones of 4 and 2 also where tensor cores do not serve: rows
+# that are too long for them, and planes that no vector of theirs divides.
+SIDES = ((8, 8), (5, 4), (5, 6), (5, 7), (4, 512), (4, 516))
+SAME_CASES = [
+    Case("same", height, width, k, padding=k // 2, pad_mode=mode, channels=2, shared=1)
+    for height, width in SIDES
+    for k in geometry.SAME_KERNEL_SIZES
+    for mode in ("reflect", "zero")
+]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", TEMPLATES)
+def test_every_instance_compiles(source: str, architecture: str) -> None:
+    nvrtc = pytest.importorskip(
+        "cupy_backends.cuda.libs.nvrtc", reason="needs the NVRTC of CuPy", exc_type=ImportError
+    )
+    program = nvrtc.createProgram(runtime.source_text(source), source, (), ())
+    wanted = [instance.expression for instance in instances(source)]
+    for expression in wanted:
+        nvrtc.addNameExpression(program, expression)
+    try:
+        nvrtc.compileProgram(
+            program, (*runtime.OPTIONS, f"--gpu-architecture={architecture}", *QUICKLY)
+        )
+    except nvrtc.NVRTCError:
+        pytest.fail(nvrtc.getProgramLog(program))
+    binary = nvrtc.getCUBIN(program)
+    assert all(nvrtc.getLoweredName(program, name).encode() in binary for name in wanted)
+
+
+def declarations() -> dict[str, dict[str, list[str]]]:
+    """Return the types of every kernel's parameters, by file and name."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for path in runtime.SOURCES.glob("*.cu"):
+        text = path.read_text(encoding="utf-8")
+        kernels_of_file = DECLARATION.findall(text)
+        assert len(kernels_of_file) == text.count("__global__"), f"{path.name} is not understood"
+        found[path.name] = {
+            name: [parameter.strip().rpartition(" ")[0] for parameter in parameters.split(",")]
+            for name, parameters in kernels_of_file
+        }
+    return found
+
+
+def test_no_kernel_is_forgotten() -> None:
+    declared = {source: set(names) for source, names in declarations().items()}
+    assert {source: set(names) for source, names in TEMPLATES.items()} == declared
+    assert not any("__global__" in p.read_text() for p in runtime.SOURCES.glob("*.cuh"))
+
+
+@dataclass
+class Launches:
+    """Stands in for `launch`: nothing runs, and what was to run is written down."""
+
+    kernels: set[runtime.Kernel]
+    declared: dict[str, dict[str, list[str]]]
+
+    def __call__(
+        self,
+        kernel: runtime.Kernel,
+        device: torch.device,
+        blocks: int,
+        threads: int,
+        arguments: Sequence[Any],
+        shared_bytes: int = 0,
+    ) -> None:
+        self.kernels.add(kernel)
+        types = self.declared[kernel.source][kernel.expression.partition("<")[0]]
+        assert len(arguments) == len(types), kernel
+        for argument, declared in zip(arguments, types, strict=True):
+            wanted = Tensor if declared.endswith("*") else PASSED[declared]
+            assert isinstance(argument, wanted), (kernel, declared, argument)
+            if isinstance(argument, np.ndarray):
+                structure = {"Strides": geometry._STRIDES, "Window": geometry._WINDOW}[declared]
+                assert argument.dtype == structure
+        assert 0 <= blocks < 2**31
+        assert threads % geometry.WARP == 0
+        assert 0 < threads <= 1024
+        assert 0 <= shared_bytes <= runtime.MOST_SHARED_BYTES
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """Let the operators take tensors of the CPU as if kernels could run there."""
+    recorded = Launches(set(), declarations())
+    for package in (sanctl_ops, kernels):
+        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            module = importlib.import_module(found.name)
+            if module is not runtime and hasattr(module, "launch"):
+                monkeypatch.setattr(module, "launch", recorded)
+            if module.__name__ != "sanctl_ops.backend" and hasattr(module, "runs_kernels"):
+                monkeypatch.setattr(module, "runs_kernels", lambda device: True)
+    return recorded
+
+
+def run(operator: Operator, case: Case, dtype: torch.dtype) -> None:
+    inputs = make_inputs(operator, case, "cpu", dtype)
+    out = operator.run(*inputs, case.geometry)
+    torch.autograd.grad(out, inputs, torch.zeros_like(out))
+
+
+def test_launches_fit_the_declarations_and_are_all_compiled(launches: Launches) -> None:
+    for dtype in DTYPES:
+        for operator in OPERATORS.values():
+            for case in (*CASES, *SAME_CASES):
+                run(operator, case, dtype)
+        for shape in ((2, 3, 4, 6), (2, 3, 5, 7), (1, 800, 1, 1)):
+            x = torch.zeros(shape, dtype=dtype, requires_grad=True)
+            out, *_ = sanctl_ops.batch_norm_relu(x, torch.ones(shape[1]), torch.ones(shape[1]))
+            torch.autograd.grad(out, x, torch.zeros_like(out))
+    compiled = {instance for source in TEMPLATES for instance in instances(source)}
+    assert launches.kernels - compiled == set(), "asked for, but not compiled here"
+    names = {(kernel.source, kernel.expression.partition("<")[0]) for kernel in launches.kernels}
+    assert names == {(source, name) for source in TEMPLATES for name in TEMPLATES[source]}
