@@ -11,9 +11,10 @@ def normalise_relu(batch_norm: nn.Module, x: Tensor) -> Tensor:
     """Return relu(batch_norm(x)), x being (N, C, H, W).
 
     On CUDA and with the statistics of the batch, a plain nn.BatchNorm2d is applied by
-    `sanctl_ops.batch_norm_relu`, which is fast where channels are few and planes large. Its buffers
-    are updated as it does it itself; hooks of the module are not called. Any other module, such as
-    nn.SyncBatchNorm, is called.
+    `sanctl_ops.batch_norm_relu` to contiguous planes: it takes one pass less than the two modules,
+    and keeps the GPU busy where channels are few. Buffers are updated as the module does it itself;
+    its hooks are not called. Any other module, such as nn.SyncBatchNorm, is called, and planes in
+    another layout are left to it.
 
     Args:
         batch_norm: the normalisation of C channels.
@@ -42,7 +43,7 @@ def _is_for_the_operator(batch_norm: nn.BatchNorm2d, x: Tensor) -> bool:
     by_batch = batch_norm.training or batch_norm.running_mean is None
     affine = batch_norm.weight is not None and batch_norm.bias is not None
     # The module itself knows what to do with, or say to, channels of one value or none.
-    return by_batch and affine and x.numel() > x.shape[1]
+    return by_batch and affine and x.is_contiguous() and x.numel() > x.shape[1]
 
 
 @torch.no_grad()

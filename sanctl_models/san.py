@@ -13,6 +13,7 @@ from sanctl_models.checks import (
 )
 from sanctl_models.init import init_weights
 from sanctl_models.network import Network, before_max_pool
+from sanctl_models.normalise import normalise_relu
 from sanctl_models.sam import PAIRWISE, PATCHWISE, SAM
 
 DEFAULT_WIDTHS = (64, 256, 512, 1024, 2048)
@@ -41,12 +42,11 @@ class SANBottleneck(nn.Module):
         self.sam = SAM(sa_type, planes, planes // 16, planes // 4, 8, kernel_size)
         self.bn2 = nn.BatchNorm2d(planes // 4)
         self.conv = nn.Conv2d(planes // 4, planes, 1)
-        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, planes, H, W) to the same shape."""
-        out = self.sam(self.relu(self.bn1(x)))
-        out = self.conv(self.relu(self.bn2(out)))
+        out = self.sam(normalise_relu(self.bn1, x))
+        out = self.conv(normalise_relu(self.bn2, out))
         out += x
         return out
 

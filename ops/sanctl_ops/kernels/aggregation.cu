@@ -94,7 +94,7 @@ template <bool REFLECT, int RADIUS, int MARGIN, int V, typename T, typename A>
 __device__ inline void stage(const T* planes, long long plane_stride, const Strides& strides,
                              const Window& window, int group, int first, int lines, int rows,
                              int pitch, A* staged) {
-    constexpr int AT_ONCE = 4;
+    constexpr int AT_ONCE = 6;
     const int width = window.width, vectors = width / V;
     const int own_line = threadIdx.x / vectors, column = threadIdx.x % vectors * V;
     for (int begin = own_line; own_line < rows && begin < group * lines; begin += AT_ONCE * rows) {

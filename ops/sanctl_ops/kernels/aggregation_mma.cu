@@ -166,40 +166,49 @@ __global__ void __launch_bounds__(256, 4)
                                     int plane_pitch) {
     extern __shared__ double shared[];
     const Staged<T> staged = {reinterpret_cast<T*>(shared), WINDOW_MARGIN, pitch, plane_pitch};
-    const Staged<T> slopes = {staged.data + CHANNELS * plane_pitch, 0, pitch, plane_pitch};
     const int width = window.width, plane = window.height * width, lines = rows + K - 1;
     const Task task(weight_channels, tiles, rows, window.height, width, together);
+    const Band<K, WINDOW_MARGIN - K / 2> band(task.lane);
+    // 16 pixels x 8 channels of each product: two pixels, 8 columns apart, of two channels.
+    unsigned pixels[PRODUCTS][2] = {};
+    const int g = task.lane % 4 * 2;
+    const T* slopes = grad + task.n * sg.n + (task.weight_channel + g * weight_channels) * sg.c;
+#pragma unroll
+    for (int b = 0; b < PRODUCTS; ++b)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int column = task.column_of(b) + band.row + half * 8;
+            if (!task.has(b, width) || column >= width) continue;
+            const T* from = slopes + (task.row + task.row_of(b)) * sg.h + column * sg.w;
+            const T zero = {};
+            pixels[b][half] = pair(g < group ? *from : zero,
+                                   g + 1 < group ? from[weight_channels * sg.c] : zero);
+        }
     stage_planes<REFLECT, K / 2>(vector, x + task.n * sx.n + task.weight_channel * sx.c,
                                  weight_channels * sx.c, sx, window, group, task.top - K / 2, lines,
                                  staged);
-    stage_planes<false, 0>(vector, grad + task.n * sg.n + task.weight_channel * sg.c,
-                           weight_channels * sg.c, sg, window, group, task.top, rows, slopes);
     if (!task.active) return;
     const int count = together > 1 ? task.rows * width : min(SEGMENT, width - task.begin);
     const Vectors<T, K, V, WEIGHT_PITCH> vectors(task.lane, count, plane);
-    T* taps = slopes.data + CHANNELS * plane_pitch + task.warp * (K * WEIGHT_PITCH);
+    T* taps = staged.data + CHANNELS * plane_pitch + task.warp * (K * WEIGHT_PITCH);
     T* to = grad_w +
             (static_cast<long long>(task.n) * weight_channels + task.weight_channel) * K * K * plane +
             task.row * width + task.begin;
-    const Band<K, WINDOW_MARGIN - K / 2> band(task.lane);
     const int own = task.matrix_row(plane_pitch) + (task.row - task.top) * pitch;
     unsigned columns[PRODUCTS];  // addresses of this lane's row of the matrices
     T* own_taps[PRODUCTS];       // of the products' first pixels
-    // Transposed, pairs of channels are neighbours: 16 pixels x 8, and below 8 x 24 columns.
-    unsigned pixels[PRODUCTS][4];
 #pragma unroll
     for (int b = 0; b < PRODUCTS; ++b) {
         const int at = own + task.row_of(b) * pitch + task.column_of(b);
         columns[b] = shared_address(staged.data + at);
         own_taps[b] = taps + task.row_of(b) * width + task.column_of(b) - task.begin + band.row;
-        if (task.has(b, width)) load_matrices<true>(shared_address(slopes.data + at), pixels[b]);
     }
 #pragma unroll 1
     for (int ky = 0; ky < K; ++ky) {
 #pragma unroll
         for (int b = 0; b < PRODUCTS; ++b) {
             if (!task.has(b, width)) continue;
-            unsigned matrices[4];
+            unsigned matrices[4];  // transposed, pairs of channels being neighbours
             load_matrices<true>(columns[b], matrices);
             columns[b] += pitch * sizeof(T);
             float products[3][4] = {};

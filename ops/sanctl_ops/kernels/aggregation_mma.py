@@ -80,11 +80,11 @@ def forward(window: Window, x: Tensor, w: Tensor, out: Tensor) -> bool:
 
 def weight_gradient(window: Window, grad: Tensor, x: Tensor, grad_w: Tensor) -> bool:
     """Write the gradient of w as `aggregation.weight_gradient` does; False if these do not fit."""
-    plan = _plan(window, x.shape[3], True, grad_w, x, grad)
+    plan = _plan(window, x.shape[3], True, grad_w, x)
     if plan is None:
         return False
     taps = plan.kernel_size * WEIGHT_PITCH
-    elements = 2 * CHANNELS * plan.plane_pitch + plan.warps * taps
+    elements = CHANNELS * plan.plane_pitch + plan.warps * taps
     planes = (grad, strides_argument(grad), x, strides_argument(x), grad_w)
     return _launch("aggregation_weight_gradient_mma", plan, x, planes, elements)
 

@@ -142,7 +142,7 @@ template <bool REFLECT, int RADIUS, int V, typename T>
 __device__ inline void stage_planes(const T* planes, long long plane_stride, const Strides& strides,
                                     const Window& window, int group, int first, int lines,
                                     const Staged<T>& staged) {
-    constexpr int AT_ONCE = 4;
+    constexpr int AT_ONCE = V == 8 ? 4 : V == 4 ? 6 : 10;  // most tiles take one turn
     constexpr int WIDEST = V < 4 ? V : 4;  // the margins are multiples of 4
     const int width = window.width, vectors = width / V;
     const int own_line = threadIdx.x / vectors, column = threadIdx.x % vectors * V;

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def launch(
         function = _compiled(kernel)
         if shared_bytes > UNASKED_SHARED_BYTES:
             _allow_most_shared_memory(kernel, stream.device_index)
-        with _shared_with_cupy(stream):
+        with _shared_with_cupy(stream.cuda_stream, stream.device_index):
             passed = tuple(_passed(argument) for argument in arguments)
             function((blocks,), (threads,), passed, shared_mem=shared_bytes)
 
@@ -99,11 +99,13 @@ class _Stream:
         return 0, self.pointer
 
 
-def _shared_with_cupy(stream: torch.cuda.Stream) -> Any:
+@lru_cache(maxsize=64)
+def _shared_with_cupy(pointer: int, device_index: int) -> Any:
+    """Return CuPy's name for a stream of torch's; making it takes longer than a launch."""
     cupy = importlib.import_module("cupy")
     if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14 and newer
-        return cupy.cuda.Stream.from_external(_Stream(stream.cuda_stream))
-    return cupy.cuda.ExternalStream(stream.cuda_stream, stream.device_index)
+        return cupy.cuda.Stream.from_external(_Stream(pointer))
+    return cupy.cuda.ExternalStream(pointer, device_index)
 
 
 def source_text(name: str) -> str:
