@@ -37,8 +37,9 @@ class Tolerance:
 
 FLOAT64 = Tolerance(1e-8, 1e-8, ZERO_GRADIENT)
 # Rounding decides on which side of a ReLU some values come to lie, which moves gradients further
-# than it moves values: on a CPU by 2 %.
-FLOAT32 = Tolerance(1e-3, 5e-2, 1e-4)
+# than it moves values: on a CPU by 2 %. The products of the non-local network amplify rounding
+# most: its logits are off by 1e-4 on a CPU and by 1.1e-3 on an H200, all others by 3e-5 or less.
+FLOAT32 = Tolerance(2e-3, 5e-2, 1e-3)
 
 
 @dataclass

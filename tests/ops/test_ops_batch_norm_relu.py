@@ -306,7 +306,8 @@ def test_at_the_size_of_a_training_step(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=1e-5)
     torch.testing.assert_close(mean.double(), wide[0].mean((0, 2, 3)), rtol=0, atol=1e-7)
     expected_variance = wide[0].var((0, 2, 3), correction=0)
-    torch.testing.assert_close(variance.double(), expected_variance, rtol=1e-6, atol=0)
+    # A thread adds up some 300 squares in float32 before they meet in float64.
+    torch.testing.assert_close(variance.double(), expected_variance, rtol=1e-5, atol=0)
     gradients = torch.autograd.grad(out, (x, weight, bias), grad)
     expected_gradients = torch.autograd.grad(expected, wide, grad.double())
     torch.testing.assert_close(gradients[0].double(), expected_gradients[0], rtol=rtol, atol=1e-5)
