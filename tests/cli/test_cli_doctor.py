@@ -22,7 +22,8 @@ def doctor(path: Path | None = None, **variables: str) -> subprocess.CompletedPr
     """Run the command with these variables, and with a folder of packages before all others."""
     environment = {k: v for k, v in os.environ.items() if k != "SANCTL_OPS_BACKEND"} | variables
     if path is not None:
-        environment["PYTHONPATH"] = str(path)
+        paths = (str(path), os.environ.get("PYTHONPATH"))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return subprocess.run(
         [sys.executable, "-m", "sanctl", "doctor"],
         env=environment,

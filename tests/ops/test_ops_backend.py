@@ -44,7 +44,8 @@ def python(
     if variable is not None:
         environment[backend.VARIABLE] = variable
     if path is not None:
-        environment["PYTHONPATH"] = str(path)
+        paths = (str(path), os.environ.get("PYTHONPATH"))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return subprocess.run(
         [sys.executable, "-c", program],
         env=environment,
