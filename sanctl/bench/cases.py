@@ -87,6 +87,11 @@ OPERATORS = {
         lambda k, x1, x2: sanctl_ops.subtraction2(x1, x2, k, padding=k // 2),
         unfold.subtraction2,
     ),
+    "concatenation": Operator(
+        _relation_inputs(2),
+        lambda k, x1, x2: sanctl_ops.concatenation(x1, x2, k, padding=k // 2),
+        unfold.concatenation,
+    ),
     "aggregation": Operator(
         _aggregation_inputs,
         lambda k, x, w: sanctl_ops.aggregation(x, w, k, padding=k // 2),

@@ -5,6 +5,7 @@ there are as many windows P as pixels. Everything here is differentiable by torc
 no code with `sanctl_ops`.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,6 +18,11 @@ def subtraction2(kernel_size: int, x1: Tensor, x2: Tensor) -> Tensor:
 def subtraction(kernel_size: int, x: Tensor) -> Tensor:
     """Return the differences of x's pixels to the taps of their windows, (N, C, K*K, P)."""
     return subtraction2(kernel_size, x, x)
+
+
+def concatenation(kernel_size: int, x1: Tensor, x2: Tensor) -> Tensor:
+    """Return x1's pixels and, behind them, the taps of x2's windows, (N, C * (K*K + 1), 1, P)."""
+    return torch.cat((x1.flatten(2), _taps(kernel_size, x2).flatten(1, 2)), 1).unsqueeze(2)
 
 
 def aggregation(kernel_size: int, x: Tensor, w: Tensor) -> Tensor:

@@ -39,11 +39,11 @@ def elements(op: str, shape: str) -> dict[str, int]:
     if op == "aggregation":
         forward = value + WEIGHTS[shape] + value
         return {"forward": forward, "backward": forward + value + WEIGHTS[shape]}
-    planes = {"subtraction": 1, "subtraction2": 2}[op] * relation
+    planes = {"subtraction": 1, "subtraction2": 2, "concatenation": 2 + 1}[op] * relation
     return dict.fromkeys(("forward", "backward"), planes + RELATIONS[shape])
 
 
-@pytest.mark.parametrize("op", ["subtraction", "subtraction2", "aggregation"])
+@pytest.mark.parametrize("op", ["subtraction", "subtraction2", "concatenation", "aggregation"])
 @pytest.mark.parametrize("shape", ["layer0", "layer3"])
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 def test_moved_bytes(op: str, shape: str, dtype: str, size: int) -> None:

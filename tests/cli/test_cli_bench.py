@@ -151,7 +151,7 @@ def test_no_network_that_runs_is_a_failure(place: Place) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((*OPS, "--op", "agregation"), ("--op agregation", "aggregation?")),
+        ((*OPS, "--op", "agregation"), ("--op agregation", "did you mean aggregation")),
         ((*OPS, "--dtype", "float32,int8"), ("--dtype int8", "bfloat16")),
         ((*OPS, "--shape", "layer9"), ("--shape layer9", "layer3")),
         ((*OPS, "--layout", "nhwc"), ("--layout nhwc", "channels_last")),
