@@ -1,4 +1,4 @@
-"""The operators the plain torch way, by `F.unfold`: the baseline of speed and the reference.
+"""The operators the plain torch way, windows by `F.unfold`: baseline of speed and reference.
 
 All windows are K x K with odd K, stride 1 and (K - 1) / 2 reflected pixels on each side, so that
 there are as many windows P as pixels. Everything here is differentiable by torch alone and shares
@@ -29,6 +29,11 @@ def aggregation(kernel_size: int, x: Tensor, w: Tensor) -> Tensor:
     """Return the windows of x (N, C, H, W) summed with weights w (N, Cw, K*K, P), shaped as x."""
     groups = _taps(kernel_size, x).unflatten(1, (-1, w.shape[1]))
     return (groups * w.unsqueeze(1)).sum(3).reshape(x.shape)
+
+
+def batch_norm_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return x (N, C, H, W) normalised as while training, by weight and bias (C,), cut off at 0."""
+    return F.relu(F.batch_norm(x, None, None, weight, bias, training=True))
 
 
 def _taps(kernel_size: int, x: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def bench_ops(
     json: JsonFile = None,
     csv: CsvFile = None,
 ) -> None:
-    """Time the attention operators, forward and backward, against a copy and against F.unfold.
+    """Time the attention operators, forward and backward, beside a copy and plain torch.
 
     Every result is first compared with float64; if one is wrong, nothing is timed.
     """

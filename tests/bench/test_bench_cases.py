@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from bench_device import DEVICES, open_device
 from torch import Tensor
 
@@ -51,6 +52,32 @@ def test_moved_bytes(op: str, shape: str, dtype: str, size: int) -> None:
     drawn = InputSet.draw(case, CPU)
     for direction, count in elements(op, shape).items():
         assert drawn.moved_bytes(direction, case.operator.saved) == 3 * count * size
+
+
+@pytest.mark.parametrize(("shape", "channels"), [("layer0", 4), ("layer3", 64)])
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_moved_bytes_of_batch_normalisation(
+    shape: str, channels: int, dtype: str, size: int
+) -> None:
+    case = Case("batch_norm_relu", shape, dtype, batch=3)
+    drawn = InputSet.draw(case, CPU)
+    relations = 3 * RELATIONS[shape] * size
+    affine = 2 * channels * 4  # weight and bias, which stay in float32
+    saved = case.operator.saved
+    assert drawn.moved_bytes("forward", saved) == 2 * relations + affine
+    assert drawn.moved_bytes("backward", saved) == 3 * relations + 2 * affine
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_result_is_near_the_kink(shape: str, dtype: str) -> None:
+    x, weight, bias = InputSet.draw(Case("batch_norm_relu", shape, dtype, 1), CPU).inputs
+    channels = x.detach().double().transpose(0, 1).flatten(1)
+    deviation, mean = (each.unsqueeze(1) for each in torch.std_mean(channels, 1, correction=0))
+    before_relu = (channels - mean) / deviation * weight.unsqueeze(1) + bias.unsqueeze(1)
+    assert before_relu.abs().min() > 0.05
+    assert 0.3 < (before_relu > 0).double().mean() < 0.7
+    assert min(len(weight.unique()), len(bias.unique())) > 1
 
 
 def test_layer1_has_the_relations_of_san10_at_batch_64() -> None:
@@ -135,6 +162,47 @@ def test_a_wrong_operator_is_found(
     words = ("aggregation", "layer3", dtype, direction, "backend torch", "error")
     assert all(word in str(caught.value) for word in words)
     assert caught.value.exit_status == 1
+
+
+def image_by_image(k: int, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.cat([unfold.batch_norm_relu(image, weight, bias) for image in x.split(1)])
+
+
+def without_weight(k: int, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return unfold.batch_norm_relu(x, weight / weight.detach(), bias)
+
+
+def without_bias(k: int, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return unfold.batch_norm_relu(x, weight, bias - bias.detach())
+
+
+def without_relu(k: int, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.batch_norm(x, None, None, weight, bias, training=True)
+
+
+def with_fixed_statistics(k: int, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(x.detach().to(weight.dtype), (0, 2, 3), correction=0)
+    return F.relu(F.batch_norm(x, mean, variance, weight, bias))
+
+
+@pytest.mark.parametrize(
+    ("broken", "direction"),
+    [
+        (image_by_image, "forward"),
+        (without_weight, "forward"),
+        (without_bias, "forward"),
+        (without_relu, "forward"),
+        (with_fixed_statistics, "backward"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_wrong_batch_normalisation_is_found(
+    broken: Callable[..., Tensor], direction: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = dataclasses.replace(OPERATORS["batch_norm_relu"], run=broken)
+    monkeypatch.setitem(OPERATORS, "batch_norm_relu", entry)
+    with pytest.raises(WrongResultError, match=f"{dtype}, batch 5, {direction}"):
+        check(Case("batch_norm_relu", "layer3", dtype, batch=5), "torch", CPU)
 
 
 @each_device
