@@ -24,8 +24,14 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 QUICKLY = ("--Ofast-compile=max", "--split-compile=0")
 DECLARATION = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(([^)]*)\)")
 # What a parameter's C++ type takes.
-PASSED = {"int": int, "unsigned": np.uint32, "double": float, "Window": np.ndarray}
-PASSED |= {"Strides": np.ndarray}
+STRUCTURES = {
+    "Divisor": geometry._DIVISOR,
+    "Strides": geometry._STRIDES,
+    "Window": geometry._WINDOW,
+}
+PASSED = {"int": int, "unsigned": np.uint32, "double": float} | dict.fromkeys(
+    STRUCTURES, np.ndarray
+)
 
 # Vectors of 8, 4, 2 and 1 pixels; 16-bit ones of 4 and 2 also where tensor cores do not serve: rows
 # that are too long for them, and planes that no vector of theirs divides.
@@ -101,8 +107,7 @@ class Launches:
             wanted = Tensor if declared.endswith("*") else PASSED[declared]
             assert isinstance(argument, wanted), (kernel, declared, argument)
             if isinstance(argument, np.ndarray):
-                structure = {"Strides": geometry._STRIDES, "Window": geometry._WINDOW}[declared]
-                assert argument.dtype == structure
+                assert argument.dtype == STRUCTURES[declared]
         assert 0 <= blocks < 2**31
         assert threads % geometry.WARP == 0
         assert 0 < threads <= 1024

@@ -88,8 +88,9 @@ __device__ inline void fill_margins(A* row, int column, int width, const A (&val
 
 // Copies lines of `group` planes, `lines` of each from row `first` on, into shared memory, at column
 // MARGIN of lines of `pitch` elements. Rows outside the plane are reflected or zero, and so are
-// RADIUS columns on both sides. Threads own V columns, and have several loads under way before they
-// wait for the first.
+// RADIUS columns on both sides; planes from `group` to CHANNELS are zero, so that nobody needs to ask
+// how many there are. Threads own V columns, and have several loads under way before they wait for
+// the first.
 template <bool REFLECT, int RADIUS, int MARGIN, int V, typename T, typename A>
 __device__ inline void stage(const T* planes, long long plane_stride, const Strides& strides,
                              const Window& window, int group, int first, int lines, int rows,
@@ -97,7 +98,8 @@ __device__ inline void stage(const T* planes, long long plane_stride, const Stri
     constexpr int AT_ONCE = 6;
     const int width = window.width, vectors = width / V;
     const int own_line = threadIdx.x / vectors, column = threadIdx.x % vectors * V;
-    for (int begin = own_line; own_line < rows && begin < group * lines; begin += AT_ONCE * rows) {
+    for (int begin = own_line; own_line < rows && begin < CHANNELS * lines;
+         begin += AT_ONCE * rows) {
         A values[AT_ONCE][V];
 #pragma unroll
         for (int k = 0; k < AT_ONCE; ++k) {
@@ -106,13 +108,13 @@ __device__ inline void stage(const T* planes, long long plane_stride, const Stri
 #pragma unroll
             for (int e = 0; e < V; ++e) values[k][e] = 0;
             // Rows below the last tile's windows are not used; they only must not be read.
-            if (index < group * lines && y >= 0 && y < window.height)
+            if (g < group && y >= 0 && y < window.height)
                 load_row<V>(planes + g * plane_stride + y * strides.h + column * strides.w,
                             strides.w, values[k]);
         }
 #pragma unroll
         for (int k = 0; k < AT_ONCE; ++k) {
-            if (begin + k * rows >= group * lines) break;
+            if (begin + k * rows >= CHANNELS * lines) break;
             A* row = staged + (begin + k * rows) * pitch + MARGIN;
             if constexpr (MARGIN % V == 0)
                 store<V>(row + column, values[k]);
@@ -171,7 +173,6 @@ __global__ void __launch_bounds__(THREADS)
         for (int kx = 0; kx < K; ++kx) load<V>(ring.at(ky % STAGES, kx), weight[kx]);
 #pragma unroll
         for (int g = 0; g < CHANNELS; ++g) {
-            if (g >= group) break;
             A values[Line<K, V>::READ * V];
             read_staged<K, V>(line + (g * lines + ky) * pitch, values);
 #pragma unroll
@@ -218,7 +219,6 @@ __global__ void __launch_bounds__(THREADS)
         A sums[K][V] = {};
 #pragma unroll
         for (int g = 0; g < CHANNELS; ++g) {
-            if (g >= group) break;
             A values[Line<K, V>::READ * V];
             read_staged<K, V>(line + (g * lines + ky) * pitch, values);
 #pragma unroll
@@ -277,10 +277,9 @@ __global__ void __launch_bounds__(GRADIENT_THREADS, 3)
         const int next = fetch_next(slot ^ 1);
         wait_for_groups<STAGES - 1>();
         const A* line = staged + (row - tile.top + K / 2) * width + tile.column;
-        A slopes[CHANNELS][V] = {};
+        A slopes[CHANNELS][V];
 #pragma unroll
-        for (int g = 0; g < CHANNELS; ++g)
-            if (g < group) load<V>(line + g * lines * width, slopes[g]);
+        for (int g = 0; g < CHANNELS; ++g) load<V>(line + g * lines * width, slopes[g]);
 #pragma unroll
         for (int kx = 0; kx < K; ++kx) {
             A weight[V];
@@ -292,7 +291,7 @@ __global__ void __launch_bounds__(GRADIENT_THREADS, 3)
         }
         row = next;
     }
-    A* joined = staged + group * lines * width;
+    A* joined = staged + CHANNELS * lines * width;
     T* to = grad_x + tile.n * sx.n + tile.weight_channel * sx.c + tile.row * sx.h +
             tile.column * sx.w;
 #pragma unroll

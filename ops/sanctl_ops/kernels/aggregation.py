@@ -131,7 +131,7 @@ class _Plan:
         return self.rows * (self.x.shape[3] + self.kernel_size - 1) * accumulate.itemsize
 
     def _lines(self, elements: int) -> int:
-        lines = self.group * (self.rows + self.kernel_size - 1)
+        lines = CHANNELS * (self.rows + self.kernel_size - 1)
         return lines * elements * accumulation_dtype(self.x.dtype).itemsize
 
     def launch(self, name: str, planes: tuple[Argument, ...], shared_bytes: int) -> bool:

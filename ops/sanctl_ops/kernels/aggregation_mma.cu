@@ -46,6 +46,10 @@ struct Task {
 
     __device__ bool has(int b, int columns) const { return row_of(b) < rows && column_of(b) < columns; }
 
+    // Products that do not exist repeat the first, and are dropped in the end: branches would keep
+    // the loads of one product from being started while another is computed.
+    __device__ int or_first(int b, int columns) const { return has(b, columns) ? b : 0; }
+
     // Where this lane's row of matrix l / 8 begins in a staged line: 8 columns of channel l % 8.
     __device__ int matrix_row(int plane_pitch) const {
         return lane % 8 * plane_pitch + lane / 8 * 8;
@@ -117,9 +121,10 @@ __global__ void __launch_bounds__(256, 4)
     int pixels[PRODUCTS];        // first pixels of the products, in the ring
 #pragma unroll
     for (int b = 0; b < PRODUCTS; ++b) {
-        columns[b] = shared_address(staged.data + task.matrix_row(plane_pitch) + task.column_of(b) +
-                                    (task.row - task.top + task.row_of(b)) * pitch);
-        pixels[b] = task.row_of(b) * width + task.column_of(b) - task.begin;
+        const int p = task.or_first(b, width);
+        columns[b] = shared_address(staged.data + task.matrix_row(plane_pitch) + task.column_of(p) +
+                                    (task.row - task.top + task.row_of(p)) * pitch);
+        pixels[b] = task.row_of(p) * width + task.column_of(p) - task.begin;
     }
     float sums[PRODUCTS][4] = {};
 #pragma unroll
@@ -129,7 +134,6 @@ __global__ void __launch_bounds__(256, 4)
         __syncwarp();
 #pragma unroll
         for (int b = 0; b < PRODUCTS; ++b) {
-            if (!task.has(b, width)) continue;
             const int at = ky % STAGES * K * WEIGHT_PITCH + pixels[b];
             unsigned matrices[4];
             load_matrices<false>(columns[b], matrices);
@@ -196,18 +200,20 @@ __global__ void __launch_bounds__(256, 4)
             task.row * width + task.begin;
     const int own = task.matrix_row(plane_pitch) + (task.row - task.top) * pitch;
     unsigned columns[PRODUCTS];  // addresses of this lane's row of the matrices
-    T* own_taps[PRODUCTS];       // of the products' first pixels
+    int own_taps[PRODUCTS];      // of this lane's upper pixels
+    unsigned kept = 0;           // a bit for each of its pixels that exists
 #pragma unroll
     for (int b = 0; b < PRODUCTS; ++b) {
-        const int at = own + task.row_of(b) * pitch + task.column_of(b);
-        columns[b] = shared_address(staged.data + at);
-        own_taps[b] = taps + task.row_of(b) * width + task.column_of(b) - task.begin + band.row;
+        const int p = task.or_first(b, width);
+        columns[b] = shared_address(staged.data + own + task.row_of(p) * pitch + task.column_of(p));
+        own_taps[b] = task.row_of(p) * width + task.column_of(p) - task.begin + band.row;
+        const int left = task.has(b, width) ? width - task.column_of(b) - band.row : 0;
+        kept |= (left > 0) << 2 * b | (left > 8) << (2 * b + 1);
     }
 #pragma unroll 1
     for (int ky = 0; ky < K; ++ky) {
 #pragma unroll
         for (int b = 0; b < PRODUCTS; ++b) {
-            if (!task.has(b, width)) continue;
             unsigned matrices[4];  // transposed, pairs of channels being neighbours
             load_matrices<true>(columns[b], matrices);
             columns[b] += pitch * sizeof(T);
@@ -215,13 +221,12 @@ __global__ void __launch_bounds__(256, 4)
 #pragma unroll
             for (int m = 0; m < 3; ++m)
                 Mma<T>::k8(products[m], pixels[b][0], pixels[b][1], matrices[m]);
-            const int left = width - task.column_of(b) - band.row;  // pixels from this lane's on
 #pragma unroll
             for (int p = 0; p < 2; ++p) {
-                T* tap = own_taps[b] + band.diagonal[p] * WEIGHT_PITCH;
-                if (band.inside[p] && left > 0)
+                T* tap = taps + own_taps[b] + band.diagonal[p] * WEIGHT_PITCH;
+                if (band.inside[p] && kept >> 2 * b & 1)
                     tap[0] = narrow<T>(band.block[p] ? products[1][p] : products[0][p]);
-                if (band.inside[p] && left > 8)
+                if (band.inside[p] && kept >> (2 * b + 1) & 1)
                     tap[8] = narrow<T>(band.block[p] ? products[2][2 + p] : products[1][2 + p]);
             }
         }
@@ -316,7 +321,6 @@ __global__ void __launch_bounds__(256, 3)
             const unsigned columns = line + queue[slot] * pitch * static_cast<int>(sizeof(T));
 #pragma unroll
             for (int b = 0; b < PRODUCTS; ++b) {
-                if (task.begin + b * PIXELS >= padded) break;
                 const int at = slot * K * GRADIENT_PITCH + b * PIXELS;
                 unsigned matrices[4];
                 load_matrices<false>(columns + b * PIXELS * sizeof(T), matrices);

@@ -49,18 +49,17 @@ DEFINE_MMA(BFloat16, "bf16")
 #undef DEFINE_MMA
 
 // Four 8 x 8 matrices; lane l gives the shared address of 8 elements, row l % 8 of matrix l / 8.
+// Volatile, so that it stays behind the barrier that completes what it reads.
 template <bool TRANSPOSED>
 __device__ inline void load_matrices(unsigned row, unsigned (&matrices)[4]) {
     if (TRANSPOSED)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
-                     : "r"(row)
-                     : "memory");
+                     : "r"(row));
     else
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
-                     : "r"(row)
-                     : "memory");
+                     : "r"(row));
 }
 
 // The elements of the band that one lane holds: of rows l / 4 and l / 4 + 8, in columns 2 * (l % 4)

@@ -6,15 +6,16 @@
 // and of the first row their centres. `vectors` counts planes * K * windows / V.
 template <typename T, bool REFLECT, int K, int V>
 __global__ void concatenation_same(const T* x1, Strides s1, const T* x2, Strides s2, T* out,
-                                   Window window, int channels, unsigned vectors) {
+                                   Window window, unsigned vectors, Divisor per_row,
+                                   Divisor rows, Divisor channels) {
     using A = computed_t<T>;
-    const unsigned vector = blockIdx.x * blockDim.x + threadIdx.x;
-    if (vector >= vectors) return;
-    const unsigned windows = window.windows(), line = vector / (windows / V);
-    const int i = (vector - line * (windows / V)) * V, ky = line % K;
-    const int row = i / window.width, column = i % window.width;
-    const long long plane = line / K, n = plane / channels, c = plane % channels;
-    T* image = out + n * channels * (K * K + 1) * windows + i;
+    unsigned rest = blockIdx.x * blockDim.x + threadIdx.x;
+    if (rest >= vectors) return;
+    const int column = per_row.divide(rest) * V, row = rows.divide(rest), ky = rest % K;
+    const unsigned windows = window.windows(), i = row * window.width + column;
+    rest /= K;
+    const long long c = channels.divide(rest), n = rest;
+    T* image = out + n * channels.divisor * (K * K + 1) * windows + i;
     if (ky == 0) {
         A centres[V];
         read_centres<REFLECT, V>(x1 + n * s1.n + c * s1.c, s1, window, row, column, centres);
@@ -22,7 +23,7 @@ __global__ void concatenation_same(const T* x1, Strides s1, const T* x2, Strides
     }
     A values[V + K - 1];
     read_taps<REFLECT, K, V>(x2 + n * s2.n + c * s2.c, s2, window, row, column, ky, values);
-    T* to = image + (channels + (c * K + ky) * K) * windows;
+    T* to = image + (channels.divisor + (c * K + ky) * K) * windows;
 #pragma unroll
     for (int kx = 0; kx < K; ++kx)
         store<V>(to + static_cast<long long>(kx) * windows, values + kx);

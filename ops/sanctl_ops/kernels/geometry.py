@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sanctl_ops.window import Window
 
-# As struct Window and struct Strides in window.cuh.
+# As struct Window, struct Strides and struct Divisor in window.cuh.
 _WINDOW = np.dtype(
     [
         (name, np.int32)
@@ -24,6 +24,7 @@ _WINDOW = np.dtype(
     ]
 )
 _STRIDES = np.dtype([(name, np.int64) for name in "nchw"])
+_DIVISOR = np.dtype([(name, np.uint32) for name in ("divisor", "multiplier", "shift")])
 
 SAME_KERNEL_SIZES = (3, 5, 7)
 VECTOR_BYTES = 16
@@ -46,6 +47,14 @@ def _strides(strides: tuple[int, ...]) -> np.ndarray:
 def strides_argument(x: Tensor) -> np.ndarray:
     """Return struct Strides of a 4-d tensor."""
     return _strides(x.stride())
+
+
+@cache
+def divisor_argument(divisor: int) -> np.ndarray:
+    """Return struct Divisor of a number from 1 to 2**31."""
+    bits = (divisor - 1).bit_length()
+    multiplier = ((1 << 32) * ((1 << bits) - divisor)) // divisor + 1
+    return np.array((divisor, multiplier, max(bits - 1, 0)), _DIVISOR)
 
 
 def reflects(window: Window) -> bool:

@@ -4,6 +4,7 @@ import numpy as np
 from torch import Tensor
 
 from sanctl_ops.kernels.geometry import (
+    divisor_argument,
     reflects,
     same_kernel_size,
     strides_argument,
@@ -32,7 +33,14 @@ def forward(source: str, name: str, window: Window, x1: Tensor, x2: Tensor, out:
             x1.device,
             -(-vectors // THREADS),
             THREADS,
-            (*inputs, geometry, channels, np.uint32(vectors)),
+            (
+                *inputs,
+                geometry,
+                np.uint32(vectors),
+                divisor_argument(width // vector),
+                divisor_argument(height),
+                divisor_argument(channels),
+            ),
         )
         return
     threads = threads_for(windows, THREADS)

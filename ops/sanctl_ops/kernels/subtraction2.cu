@@ -2,17 +2,19 @@
 #include "window_gradient.cuh"
 
 // Windows of stride 1 and padding K / 2: a thread computes one row of taps of V neighbouring windows.
-// `vectors` counts planes * K * windows / V; they follow each other as their results do in memory.
+// `vectors` counts planes * K * windows / V; they follow each other as their results do in memory:
+// `per_row` in a row, `rows` of them for a row of taps, K of those for each of the `channels`.
 template <typename T, bool REFLECT, int K, int V>
 __global__ void subtraction2_same(const T* x1, Strides s1, const T* x2, Strides s2, T* out,
-                                  Window window, int channels, unsigned vectors) {
+                                  Window window, unsigned vectors, Divisor per_row, Divisor rows,
+                                  Divisor channels) {
     using A = computed_t<T>;
-    const unsigned vector = blockIdx.x * blockDim.x + threadIdx.x;
-    if (vector >= vectors) return;
-    const unsigned windows = window.windows(), line = vector / (windows / V);
-    const int i = (vector - line * (windows / V)) * V, ky = line % K;
-    const int row = i / window.width, column = i % window.width;
-    const long long plane = line / K, n = plane / channels, c = plane % channels;
+    unsigned rest = blockIdx.x * blockDim.x + threadIdx.x;
+    if (rest >= vectors) return;
+    const int column = per_row.divide(rest) * V, row = rows.divide(rest), ky = rest % K;
+    const unsigned windows = window.windows(), i = row * window.width + column;
+    rest /= K;
+    const long long plane = rest, c = channels.divide(rest), n = rest;
     A centres[V], values[V + K - 1];
     read_centres<REFLECT, V>(x1 + n * s1.n + c * s1.c, s1, window, row, column, centres);
     read_taps<REFLECT, K, V>(x2 + n * s2.n + c * s2.c, s2, window, row, column, ky, values);

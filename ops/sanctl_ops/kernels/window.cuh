@@ -3,7 +3,7 @@
 
 #include "elements.cuh"
 
-// Laid out as WINDOW in arguments.py.
+// Laid out as _WINDOW in geometry.py.
 struct Window {
     int kernel_size, stride, padding, dilation;
     int height, width;
@@ -16,6 +16,24 @@ struct Window {
 // Elements between neighbours of an (N, C, H, W) or (N, C, K*K, P) tensor along each dimension.
 struct Strides {
     long long n, c, h, w;
+};
+
+// A divisor known before the kernel starts, which makes dividing by it take a few instructions;
+// laid out as _DIVISOR in geometry.py. Right for all 32-bit numbers (Granlund and Montgomery, 1994).
+struct Divisor {
+    unsigned divisor, multiplier, shift;
+
+    __device__ unsigned quotient(unsigned n) const {
+        const unsigned high = __umulhi(n, multiplier);
+        return divisor == 1 ? n : (high + ((n - high) >> 1)) >> shift;
+    }
+
+    // Divides n in place, and returns the remainder.
+    __device__ unsigned divide(unsigned& n) const {
+        const unsigned dividend = n;
+        n = quotient(dividend);
+        return dividend - n * divisor;
+    }
 };
 
 // The pixel that stands at `position`, which may lie in the padding; -1 where there is a zero.

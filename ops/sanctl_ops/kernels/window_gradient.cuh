@@ -53,6 +53,18 @@ __device__ inline void join_columns(A (&sums)[V + K - 1], A* line, int column, i
     }
 }
 
+// Reads a row of K taps of V neighbouring windows, all K vectors at once: visit(kx, window, value).
+template <int K, int V, typename T, typename Visit>
+__device__ inline void read_row(const T* taps, int plane, Visit visit) {
+    computed_t<T> values[K][V];
+#pragma unroll
+    for (int kx = 0; kx < K; ++kx) load<V>(taps + static_cast<long long>(kx) * plane, values[kx]);
+#pragma unroll
+    for (int kx = 0; kx < K; ++kx)
+#pragma unroll
+        for (int e = 0; e < V; ++e) visit(kx, e, values[kx][e]);
+}
+
 // One block sums the gradient of `rows` rows of a plane, from row `top` on, over the K * K taps of
 // every window, for windows of stride 1 and padding K / 2. Threads own V neighbouring pixels of a
 // row and take the rows of windows in turn, V elements at a time.
@@ -74,33 +86,23 @@ __device__ inline void sum_taps(const T* grad, const Window& window, int top, in
     const bool active = own_line < rows && y < height;
     for (int i = threadIdx.x; i < rows * line_width; i += blockDim.x) lines[i] = 0;
     A sums[V + K - 1] = {}, centres[V] = {};
+    // Most rows are shown once; those near a border stand behind a branch that is seldom taken.
 #pragma unroll 1
-    for (int ky = 0; ky < K; ++ky) {
-        const T* taps = grad + static_cast<long long>(ky) * K * plane + column;
-        if (CENTRES && active) {
-            A values[K][V];
-#pragma unroll
-            for (int kx = 0; kx < K; ++kx)
-                load<V>(taps + static_cast<long long>(kx) * plane + y * width, values[kx]);
-#pragma unroll
-            for (int kx = 0; kx < K; ++kx)
-#pragma unroll
-                for (int e = 0; e < V; ++e) centres[e] += values[kx][e];
-        }
+    for (int which = 0; which < IMAGES<REFLECT>; ++which) {
+        int position;
+        if (!active || !image<REFLECT>(y, height, K / 2, which, position)) continue;
+        const T* taps = grad + column;
 #pragma unroll 1
-        for (int which = 0; which < IMAGES<REFLECT>; ++which) {
-            int position;
-            if (!active || !image<REFLECT>(y, height, K / 2, which, position)) continue;
+        for (int ky = 0; ky < K; ++ky, taps += K * plane) {
             const int row = position + K / 2 - ky;
-            if (row < 0 || row >= height) continue;
-            A values[K][V];
-#pragma unroll
-            for (int kx = 0; kx < K; ++kx)
-                load<V>(taps + static_cast<long long>(kx) * plane + row * width, values[kx]);
-#pragma unroll
-            for (int kx = 0; kx < K; ++kx)
-#pragma unroll
-                for (int e = 0; e < V; ++e) sums[kx + e] += values[kx][e];
+            if (row >= 0 && row < height)
+                read_row<K, V>(taps + row * width, plane, [&](int kx, int e, A value) {
+                    sums[kx + e] += value;
+                });
+            if (CENTRES && which == 0)
+                read_row<K, V>(taps + y * width, plane, [&](int, int e, A value) {
+                    centres[e] += value;
+                });
         }
     }
     __syncthreads();
