@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(GRADIENT_THREADS, 3)
     using A = computed_t<T>;
     extern __shared__ double shared[];
     const int width = window.width, height = window.height, plane = height * width;
-    const int lines = rows + K - 1, line_width = width + K - 1;
+    const int lines = rows + K - 1;
     const Tile tile(weight_channels, tiles, rows, width, height, V);
     const Ring<T, K, V> ring(shared);
     A* staged = reinterpret_cast<A*>(static_cast<T*>(static_cast<void*>(shared)) + ring.elements());
@@ -291,19 +291,16 @@ __global__ void __launch_bounds__(GRADIENT_THREADS, 3)
         }
         row = next;
     }
-    A* joined = staged + CHANNELS * lines * width;
+    __syncthreads();  // from here on, the staged rows make way for sums
+    const int joined = joined_pitch<K, V>(width);
+    join_columns<REFLECT, K, V, CHANNELS>(sums, staged + (tile.row - tile.top) * joined,
+                                          rows * joined, tile.column, width, tile.active);
+    if (!tile.active) return;
     T* to = grad_x + tile.n * sx.n + tile.weight_channel * sx.c + tile.row * sx.h +
             tile.column * sx.w;
 #pragma unroll
-    for (int g = 0; g < CHANNELS; ++g) {
-        if (g >= group) break;
-        for (int i = threadIdx.x; i < rows * line_width; i += blockDim.x) joined[i] = 0;
-        __syncthreads();
-        join_columns<REFLECT, K, V>(sums[g], joined + (tile.row - tile.top) * line_width,
-                                    tile.column, width, tile.active);
-        if (tile.active) store_row<V>(to + g * weight_channels * sx.c, sx.w, sums[g]);
-        __syncthreads();
-    }
+    for (int g = 0; g < CHANNELS; ++g)
+        if (g < group) store_row<V>(to + g * weight_channels * sx.c, sx.w, sums[g]);
 }
 
 // The kernels below take any windows and strides; a thread for every element of the result.

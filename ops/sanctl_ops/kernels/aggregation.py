@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sanctl_ops.kernels import aggregation_mma
 from sanctl_ops.kernels.geometry import (
+    joined_pitch,
     reflects,
     rows_of_tile,
     same_kernel_size,
@@ -61,7 +62,7 @@ def input_gradient(window: Window, grad: Tensor, w: Tensor, grad_x: Tensor) -> N
     if aggregation_mma.input_gradient(window, grad, w, grad_x):
         return
     plan = _plan(window, GRADIENT_THREADS, w, grad, grad_x)
-    shared = plan.ring + plan.rows_around + plan.joined if plan else 0
+    shared = plan.ring + max(plan.rows_around, plan.joined) if plan else 0
     if plan and plan.launch("aggregation_input_gradient_same", (*planes, *result), shared):
         return
     arguments = (*planes, strides_argument(w), *result)
@@ -126,9 +127,9 @@ class _Plan:
 
     @property
     def joined(self) -> int:
-        """Bytes of one channel's sums of padded rows."""
-        accumulate = accumulation_dtype(self.x.dtype)
-        return self.rows * (self.x.shape[3] + self.kernel_size - 1) * accumulate.itemsize
+        """Bytes of the sums of padded rows of a tile."""
+        pitch = joined_pitch(self.x.shape[3], self.kernel_size, self.vector)
+        return CHANNELS * self.rows * pitch * accumulation_dtype(self.x.dtype).itemsize
 
     def _lines(self, elements: int) -> int:
         lines = CHANNELS * (self.rows + self.kernel_size - 1)

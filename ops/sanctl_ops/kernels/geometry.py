@@ -95,6 +95,11 @@ def _aligned(x: Tensor, vector: int) -> bool:
     return starts and all(size == 1 or stride % vector == 0 for size, stride in steps)
 
 
+def joined_pitch(width: int, kernel_size: int, vector: int) -> int:
+    """Return the elements of a line that joins sums of padded columns (window_gradient.cuh)."""
+    return width + -(-(kernel_size - 1) // vector) * vector
+
+
 def threads_for(items: int, most: int) -> int:
     """Return threads of a block, whole warps, for up to `most` items each with its own thread."""
     chunks = -(-items // most)

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from sanctl_ops.kernels import relation
 from sanctl_ops.kernels.geometry import (
+    joined_pitch,
     reflects,
     rows_of_tile,
     same_kernel_size,
@@ -61,6 +62,6 @@ def _backward_same(window: Window, grad: Tensor, grad1: Tensor, grad2: Tensor) -
             tiles,
             rows,
         ),
-        rows * (width + size - 1) * accumulation_dtype(grad.dtype).itemsize,
+        rows * joined_pitch(width, size, vector) * accumulation_dtype(grad.dtype).itemsize,
     )
     return True
