@@ -29,6 +29,11 @@ def _same(vectors: Iterable[int], dtypes: Iterable[torch.dtype]) -> list[Paramet
 ANY: list[Parameters] = list(itertools.product(DTYPES, REFLECTS))
 SAME = _same((1, 2, 4), DTYPES)
 MMA = _same(aggregation_mma.VECTORS, aggregation_mma.DTYPES)
+ROWS_OF_WARP = [
+    (*chosen, rows)
+    for rows, vectors in aggregation_mma.GRADIENT_VECTORS.items()
+    for chosen in _same(vectors, aggregation_mma.DTYPES)
+]
 ELEMENTS = _vectors((1, 4), DTYPES)
 SUMS: list[Parameters] = [(torch.float32,), (torch.float64,)]
 
@@ -44,7 +49,7 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
     "aggregation_mma.cu": {
         "aggregation_mma": MMA,
         "aggregation_weight_gradient_mma": MMA,
-        "aggregation_input_gradient_mma": MMA,
+        "aggregation_input_gradient_mma": ROWS_OF_WARP,
     },
     "batch_norm_relu.cu": {
         "moments": ELEMENTS,

@@ -8,7 +8,9 @@
 
 constexpr int STAGES = 3;           // rows of taps under way or in use
 constexpr int WEIGHT_PITCH = 72;    // 36 words: the diagonals of a band lie in different banks
-constexpr int GRADIENT_PITCH = 88;  // the same where a segment reads K - 1 more columns
+// A lane's share of a row of taps of a warp's pixels, of which there are at most 64.
+template <int V>
+constexpr int VECTORS_OF_LANE = V == 8 ? 2 : 4;
 constexpr int WINDOW_MARGIN = 4;    // columns staged before the first pixel
 constexpr int GRADIENT_MARGIN = 8;
 
@@ -57,31 +59,30 @@ struct Task {
 };
 
 // The vectors of K rows of `count` elements, `plane` elements apart in global memory and PITCH in
-// shared memory, dealt out to a warp: at most two to a lane.
-template <typename T, int K, int V, int PITCH>
+// shared memory, dealt out to a warp: at most MOST to a lane.
+template <int K, int V, int PITCH, int MOST>
 struct Vectors {
-    unsigned lane, vectors;
-    int plane, there[2], here[2];
+    bool mine[MOST];
+    int column[MOST], there[MOST], here[MOST];
 
-    __device__ Vectors(unsigned lane, int count, int plane)
-        : lane(lane), vectors(count / V), plane(plane) {
+    __device__ Vectors(unsigned lane, int count, int plane) {
+        const unsigned vectors = count / V;
 #pragma unroll
-        for (int k = 0; k < 2; ++k) place(lane + k * 32, there[k], here[k]);
+        for (int k = 0; k < MOST; ++k) {
+            const unsigned i = lane + k * 32, row = i / max(vectors, 1u);
+            mine[k] = i < K * vectors;
+            column[k] = (i - row * vectors) * V;
+            there[k] = row * plane + column[k];
+            here[k] = row * PITCH + column[k];
+        }
     }
 
-    // Hands the places of this lane's vectors to visit(in global memory, in shared memory).
+    // Hands the places of this lane's vectors to visit(column, in global, in shared memory).
     template <typename Visit>
     __device__ void visit(Visit visit) const {
 #pragma unroll
-        for (int k = 0; k < 2; ++k)
-            if (lane + k * 32 < K * vectors) visit(there[k], here[k]);
-    }
-
-  private:
-    __device__ void place(unsigned i, int& global, int& shared) const {
-        const unsigned row = i / max(vectors, 1u), column = (i - row * vectors) * V;
-        global = row * plane + column;
-        shared = row * PITCH + column;
+        for (int k = 0; k < MOST; ++k)
+            if (mine[k]) visit(column[k], there[k], here[k]);
     }
 };
 
@@ -95,14 +96,14 @@ __global__ void __launch_bounds__(256, 4)
     const int width = window.width, plane = window.height * width, lines = rows + K - 1;
     const Task task(weight_channels, tiles, rows, window.height, width, together);
     const int count = together > 1 ? task.rows * width : min(SEGMENT, width - task.begin);
-    const Vectors<T, K, V, WEIGHT_PITCH> vectors(task.lane, task.active ? count : 0, plane);
+    const Vectors<K, V, WEIGHT_PITCH, VECTORS_OF_LANE<V>> vectors(task.lane, task.active ? count : 0, plane);
     T* ring = staged.data + CHANNELS * plane_pitch + task.warp * (STAGES * K * WEIGHT_PITCH);
     const T* weights =
         w + (static_cast<long long>(task.n) * weight_channels + task.weight_channel) * K * K * plane +
         task.row * width + task.begin;
     const auto fetch = [&](int ky) {
         if (ky < K)
-            vectors.visit([&](int there, int here) {
+            vectors.visit([&](int, int there, int here) {
                 copy_async<V>(ring + ky % STAGES * K * WEIGHT_PITCH + here, weights + there);
             });
         weights += K * plane;
@@ -193,7 +194,7 @@ __global__ void __launch_bounds__(256, 4)
                                  staged);
     if (!task.active) return;
     const int count = together > 1 ? task.rows * width : min(SEGMENT, width - task.begin);
-    const Vectors<T, K, V, WEIGHT_PITCH> vectors(task.lane, count, plane);
+    const Vectors<K, V, WEIGHT_PITCH, VECTORS_OF_LANE<V>> vectors(task.lane, count, plane);
     T* taps = staged.data + CHANNELS * plane_pitch + task.warp * (K * WEIGHT_PITCH);
     T* to = grad_w +
             (static_cast<long long>(task.n) * weight_channels + task.weight_channel) * K * K * plane +
@@ -231,7 +232,7 @@ __global__ void __launch_bounds__(256, 4)
             }
         }
         __syncwarp();
-        vectors.visit([&](int there, int here) {
+        vectors.visit([&](int, int there, int here) {
             *reinterpret_cast<Vector<T, V>*>(to + there) =
                 *reinterpret_cast<const Vector<T, V>*>(taps + here);
         });
@@ -240,125 +241,162 @@ __global__ void __launch_bounds__(256, 4)
     }
 }
 
-// A warp sums up 64 columns of one padded row, from column begin - K / 2 on; the reflected columns
-// are added at the end. The row of windows whose tap row ky lies on position y is y + K / 2 - ky.
-template <typename T, bool REFLECT, int K, int V>
-__global__ void __launch_bounds__(256, 3)
+// How a warp takes the padded rows of the input's gradient: 64 columns of one row, or ROWS short ones.
+template <int K, int V, int ROWS>
+struct Share {
+    static constexpr int PER_ROW = ROWS == 1 ? PRODUCTS : ROWS == 2 ? 3 : 2;
+    static constexpr int COLUMNS = PER_ROW * PIXELS;
+    // Weights of one tap: of several rows at most 64, of one also those around, as whole vectors.
+    static constexpr int MOST = ROWS == 1 ? SEGMENT + 16 : SEGMENT;
+    static constexpr int PITCH = ROWS == 1 ? 88 : 136;
+    static constexpr int VECTORS = (K * (MOST / V) + 31) / 32;
+};
+
+// A warp sums up padded columns, from column begin - K / 2 on; the reflected columns are added at the
+// end. The row of windows whose tap row ky lies on position y is y + K / 2 - ky. Weights of windows
+// that do not exist meet zeros: `staged` has zeros around the plane, and its last line is zero.
+template <typename T, bool REFLECT, int K, int V, int ROWS>
+__global__ void __launch_bounds__(256, ROWS == 1 ? 3 : 2)
     aggregation_input_gradient_mma(const T* grad, Strides sg, const T* w, T* grad_x, Strides sx,
                                    Window window, int weight_channels, int group, int tiles,
-                                   int rows, int together, int vector, int pitch,
-                                   int plane_pitch) {
-    constexpr int R = K / 2;
-    constexpr int SHIFT = GRADIENT_MARGIN - 2 * R;
+                                   int rows, int vector, int pitch, int plane_pitch) {
+    using S = Share<K, V, ROWS>;
+    constexpr int R = K / 2, SHIFT = GRADIENT_MARGIN - 2 * R;
     extern __shared__ double shared[];
     const Staged<T> staged = {reinterpret_cast<T*>(shared), GRADIENT_MARGIN, pitch, plane_pitch};
     const int width = window.width, height = window.height, plane = height * width;
     const int lines = rows + K - 1, padded = width + 2 * R;
-    const int segments = (padded + SEGMENT - 1) / SEGMENT;
-    const Task task(weight_channels, tiles, rows, height, padded, 1);
+    const int segments = ROWS > 1 ? 1 : (padded + SEGMENT - 1) / SEGMENT;
+    const Task task(weight_channels, tiles, rows, height, segments * SEGMENT, ROWS);
     T* rings = staged.data + CHANNELS * plane_pitch;
-    T* ring = rings + task.warp * (STAGES * K * GRADIENT_PITCH);
-    for (int i = task.lane; i < STAGES * K * GRADIENT_PITCH / 8; i += 32)
+    T* ring = rings + task.warp * (STAGES * K * S::PITCH);
+    for (int i = task.lane; i < STAGES * K * S::PITCH / 8; i += 32)
         reinterpret_cast<Vector<T, 8>*>(ring)[i] = {};
     __syncwarp();
-    // The segment reads the weights of columns begin - 2 * R to begin - 2 * R + 71 that exist.
-    const int first = max(0, (task.begin - 2 * R) / V * V);
+    // Of the columns begin - 2 * R to begin - 2 * R + 71 of one row, those that exist, or all rows.
+    const int first = ROWS > 1 ? 0 : max(0, (task.begin - 2 * R) / V * V);
     const int last = min(width, task.begin - 2 * R + SEGMENT + 8);
+    const int count = ROWS > 1 ? ROWS * width : (last - first + V - 1) / V * V;
     const T* weights =
         w + (static_cast<long long>(task.n) * weight_channels + task.weight_channel) * K * K * plane +
         first;
     T* to_ring = ring + first - (task.begin - 2 * R) + SHIFT;
-    int which = 0, ky = -1, position = task.row;
+    const Vectors<K, V, S::PITCH, S::VECTORS> vectors(task.lane, count, plane);
+    // The steps of the sum: images of the warp's rows, and for each of these the tap rows. The windows
+    // of the warp's first row are in row `query`, those of the others above or, reflected, below.
+    int which = 0, ky = -1, position = task.row, query = 0;
     bool more = task.active;
-    const Vectors<T, K, V, GRADIENT_PITCH> vectors(task.lane, (last - first + V - 1) / V * V, plane);
-    // Starts copying the next row of windows that has a tap on this row; returns it, or -1.
+    const auto next_image = [&] {
+        while (++which < IMAGES<REFLECT>)
+#pragma unroll
+            for (int i = 0; i < ROWS; ++i) {
+                int unused;
+                if (image<REFLECT>(task.row + i, height, R, which, unused)) return true;
+            }
+        return false;
+    };
+    // Starts copying the weights of the next step; returns its image, or -1 after the last.
     const auto fetch_next = [&](int slot) {
-        int row = -1;
-        while (more && row < 0) {
+        bool found = false;
+        while (more && !found) {
             if (++ky == K) {
                 ky = 0;
-                do ++which;
-                while (which < IMAGES<REFLECT> &&
-                       !image<REFLECT>(task.row, height, R, which, position));
-                more = which < IMAGES<REFLECT>;
+                more = next_image();
+                image<REFLECT>(task.row, height, R, which, position);
             }
-            row = position + R - ky;
-            if (!more || row >= height) row = -1;
-        }
-        if (row >= 0) {
-            const T* from = weights + (ky * K * plane + row * width);
-            vectors.visit([&](int there, int here) {
-                copy_async<V>(to_ring + slot * K * GRADIENT_PITCH + here, from + there);
+            query = position + R - ky;
+            const int from = query - (which == 0 ? 0 : ROWS - 1);
+            found = more && from < height && from + ROWS > 0;
+            if (!found) continue;
+            const T* source = weights + (ky * K * plane + from * width);
+            const int begin = max(-from, 0) * width, end = min(height - from, ROWS) * width;
+            vectors.visit([&](int column, int there, int here) {
+                if (ROWS == 1 || (column >= begin && column < end))
+                    copy_async<V>(to_ring + slot * K * S::PITCH + here, source + there);
             });
         }
         end_group();
-        return row;
+        return found ? which : -1;
     };
-    int queue[STAGES];
+    int images[STAGES], queries[STAGES];
 #pragma unroll
-    for (int slot = 0; slot < STAGES - 1; ++slot) queue[slot] = fetch_next(slot);
+    for (int slot = 0; slot < STAGES - 1; ++slot) {
+        images[slot] = fetch_next(slot);
+        queries[slot] = query;
+    }
     stage_planes<false, 0>(vector, grad + task.n * sg.n + task.weight_channel * sg.c,
                            weight_channels * sg.c, sg, window, group, task.top - R, lines, staged);
     const Band<K, SHIFT> band(task.lane);
-    const unsigned line = shared_address(staged.data + task.matrix_row(plane_pitch) + task.begin +
-                                         (R - task.top) * pitch);
+    const unsigned data = shared_address(staged.data + task.matrix_row(plane_pitch) + task.begin);
     // Diagonal d of the transposed band holds tap K - 1 - d, of column row + d.
     const T* taps = ring + SHIFT + band.row;
-    const T* low = taps + (K - 1 - band.diagonal[0]) * GRADIENT_PITCH + band.diagonal[0];
-    const T* high = taps + (K - 1 - band.diagonal[1]) * GRADIENT_PITCH + band.diagonal[1];
-    float sums[PRODUCTS][4] = {};
+    const T* low = taps + (K - 1 - band.diagonal[0]) * S::PITCH + band.diagonal[0];
+    const T* high = taps + (K - 1 - band.diagonal[1]) * S::PITCH + band.diagonal[1];
+    float sums[ROWS * S::PER_ROW][4] = {};
     for (bool working = true; working;) {
 #pragma unroll
         for (int slot = 0; slot < STAGES; ++slot) {
             const int next = (slot + STAGES - 1) % STAGES;
-            if (queue[slot] < 0) {
+            if (images[slot] < 0) {
                 working = false;
                 break;
             }
-            queue[next] = fetch_next(next);
+            images[next] = fetch_next(next);
+            queries[next] = query;
             wait_for_groups<STAGES - 1>();
             __syncwarp();
-            const unsigned columns = line + queue[slot] * pitch * static_cast<int>(sizeof(T));
+            const bool upwards = images[slot] == 0;
 #pragma unroll
-            for (int b = 0; b < PRODUCTS; ++b) {
-                const int at = slot * K * GRADIENT_PITCH + b * PIXELS;
-                unsigned matrices[4];
-                load_matrices<false>(columns + b * PIXELS * sizeof(T), matrices);
-                band.template multiply<T>(sums[b], pair(low[at], high[at]),
-                                          pair(low[at + 8], high[at + 8]), matrices);
+            for (int i = 0; i < ROWS; ++i) {
+                int unused;
+                const int row = queries[slot] + (upwards ? i : -i);
+                const bool exists = row >= 0 && row < height &&
+                                    image<REFLECT>(task.row + i, height, R, images[slot], unused);
+                const unsigned line = data + (exists ? row - task.top + R : lines) * pitch *
+                                                 static_cast<int>(sizeof(T));
+                const int in_ring = slot * K * S::PITCH + (upwards ? i : ROWS - 1 - i) * width;
+#pragma unroll
+                for (int b = 0; b < S::PER_ROW; ++b) {
+                    const int at = in_ring + b * PIXELS;
+                    unsigned matrices[4];
+                    load_matrices<false>(line + b * PIXELS * sizeof(T), matrices);
+                    band.template multiply<T>(sums[i * S::PER_ROW + b], pair(low[at], high[at]),
+                                              pair(low[at + 8], high[at + 8]), matrices);
+                }
             }
             __syncwarp();
         }
     }
     wait_for_groups<0>();
     __syncthreads();  // from here on, the rings hold the sums, 8 channels of each row
-    const int pitch_joined = segments * SEGMENT + 4;
+    const int columns = ROWS > 1 ? S::COLUMNS : segments * SEGMENT, pitch_joined = columns + 4;
     float* joined =
         reinterpret_cast<float*>(rings) + (task.row - task.top) * CHANNELS * pitch_joined;
     if (task.active)
 #pragma unroll
-        for (int b = 0; b < PRODUCTS; ++b)
+        for (int p = 0; p < ROWS * S::PER_ROW; ++p)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                joined[(task.lane % 4 * 2 + i % 2) * pitch_joined + task.begin + b * PIXELS +
-                       band.row + i / 2 * 8] = sums[b][i];
+                joined[(p / S::PER_ROW * CHANNELS + task.lane % 4 * 2 + i % 2) * pitch_joined +
+                       task.begin + p % S::PER_ROW * PIXELS + band.row + i / 2 * 8] = sums[p][i];
     __syncthreads();
-    if (!task.active) return;
-    T* to = grad_x + task.n * sx.n + task.weight_channel * sx.c + task.row * sx.h;
-    for (int column = task.begin + task.lane; column < min(width, task.begin + SEGMENT); column += 32) {
-        int shown[IMAGES<REFLECT>];
-        bool there[IMAGES<REFLECT>];
+    for (int i = 0; i < task.rows; ++i) {
+        T* to = grad_x + task.n * sx.n + task.weight_channel * sx.c + (task.row + i) * sx.h;
+        const float* from = joined + i * CHANNELS * pitch_joined + R;
+        const int end = min(width, task.begin + columns);
+        for (int column = task.begin + task.lane; column < end; column += 32) {
+            const bool reflected = REFLECT && (column <= R || column >= width - 1 - R);
+            for (int g = 0; g < group; ++g, from += pitch_joined) {
+                float sum = from[column];
+                if (reflected)
 #pragma unroll
-        for (int k = 0; k < IMAGES<REFLECT>; ++k)
-            there[k] = image<REFLECT>(column, width, R, k, shown[k]);
-#pragma unroll
-        for (int g = 0; g < CHANNELS; ++g) {
-            if (g >= group) break;
-            float sum = 0;
-#pragma unroll
-            for (int k = 0; k < IMAGES<REFLECT>; ++k)
-                if (there[k]) sum += joined[g * pitch_joined + shown[k] + R];
-            to[g * weight_channels * sx.c + column * sx.w] = narrow<T>(sum);
+                    for (int k = 1; k < IMAGES<REFLECT>; ++k) {
+                        int shown_at;
+                        if (image<REFLECT>(column, width, R, k, shown_at)) sum += from[shown_at];
+                    }
+                to[g * weight_channels * sx.c + column * sx.w] = narrow<T>(sum);
+            }
+            from -= group * pitch_joined;
         }
     }
 }
