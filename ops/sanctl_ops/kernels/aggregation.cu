@@ -4,7 +4,6 @@
 // most 8 channels to a weight. Their blocks run over (image, weight channel, tile of rows); threads
 // own V neighbouring pixels of a row and serve all channels that share a weight, so that every
 // weight is read or written once. Weights are copied to shared memory ahead of their use.
-#include "async_copy.cuh"
 #include "window_gradient.cuh"
 
 constexpr int CHANNELS = 8;   // that share a weight, at most: each keeps its sums in registers

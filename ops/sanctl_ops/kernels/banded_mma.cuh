@@ -10,7 +10,6 @@
 // results, beyond the windows that it lies in.
 #pragma once
 
-#include "async_copy.cuh"
 #include "window.cuh"
 
 constexpr int PIXELS = 16;      // of one product
@@ -22,45 +21,6 @@ template <int N>
 struct Constant {
     static constexpr int value = N;
 };
-
-template <typename T>
-struct Mma;
-
-#define DEFINE_MMA(T, NAME)                                                                       \
-    template <>                                                                                   \
-    struct Mma<T> {                                                                               \
-        static __device__ void k16(float (&d)[4], unsigned a0, unsigned a1, unsigned a2,          \
-                                   unsigned a3, unsigned b0, unsigned b1) {                       \
-            asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                            \
-                ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                      \
-                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                  \
-                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                          \
-        }                                                                                         \
-        static __device__ void k8(float (&d)[4], unsigned a0, unsigned a1, unsigned b0) {         \
-            asm("mma.sync.aligned.m16n8k8.row.col.f32." NAME "." NAME                             \
-                ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"                               \
-                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                  \
-                : "r"(a0), "r"(a1), "r"(b0));                                                     \
-        }                                                                                         \
-    };
-
-DEFINE_MMA(Half, "f16")
-DEFINE_MMA(BFloat16, "bf16")
-#undef DEFINE_MMA
-
-// Four 8 x 8 matrices; lane l gives the shared address of 8 elements, row l % 8 of matrix l / 8.
-// Volatile, so that it stays behind the barrier that completes what it reads.
-template <bool TRANSPOSED>
-__device__ inline void load_matrices(unsigned row, unsigned (&matrices)[4]) {
-    if (TRANSPOSED)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
-                     : "r"(row));
-    else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
-                     : "r"(row));
-}
 
 // The elements of the band that one lane holds: of rows l / 4 and l / 4 + 8, in columns 2 * (l % 4)
 // and the next one modulo 8. Each lies on at most one diagonal, the same for both rows. The first

@@ -1,15 +1,7 @@
 // How values are stored (16, 32 or 64 bits) and how they are computed with (float or double).
-//
-// The 16-bit types are our own, so that compiling needs no header of the CUDA toolkit.
 #pragma once
 
-struct Half {
-    unsigned short bits;
-};
-
-struct BFloat16 {
-    unsigned short bits;
-};
+#include "ptx.cuh"
 
 template <typename T>
 struct Computed {
@@ -29,15 +21,9 @@ __device__ inline double widen(double x) { return x; }
 
 __device__ inline float widen(float x) { return x; }
 
-__device__ inline float widen(Half x) {
-    float wide;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
-    return wide;
-}
+__device__ inline float widen(Half x) { return to_float(x); }
 
-__device__ inline float widen(BFloat16 x) {
-    return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
-}
+__device__ inline float widen(BFloat16 x) { return to_float(x); }
 
 // Rounds to nearest, ties to even.
 template <typename T>
@@ -47,16 +33,12 @@ __device__ inline T narrow(computed_t<T> x) {
 
 template <>
 __device__ inline Half narrow<Half>(float x) {
-    Half narrowed;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrowed.bits) : "f"(x));
-    return narrowed;
+    return to_half(x);
 }
 
 template <>
 __device__ inline BFloat16 narrow<BFloat16>(float x) {
-    BFloat16 narrowed;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(narrowed.bits) : "f"(x));
-    return narrowed;
+    return to_bfloat16(x);
 }
 
 // V neighbours in memory, moved by one instruction where they take 16 bytes or fewer.

@@ -1,0 +1,101 @@
+// Instructions that CUDA C++ has no name for without headers of the CUDA toolkit: conversions of 16-bit
+// values, copies to shared memory ahead of use, and products of small matrices. Nothing else in this
+// folder holds PTX.
+#pragma once
+
+struct Half {
+    unsigned short bits;
+};
+
+struct BFloat16 {
+    unsigned short bits;
+};
+
+__device__ inline float to_float(Half x) {
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+    return wide;
+}
+
+__device__ inline float to_float(BFloat16 x) {
+    return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
+}
+
+// To nearest, ties to even.
+__device__ inline Half to_half(float x) {
+    Half narrowed;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrowed.bits) : "f"(x));
+    return narrowed;
+}
+
+__device__ inline BFloat16 to_bfloat16(float x) {
+    BFloat16 narrowed;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(narrowed.bits) : "f"(x));
+    return narrowed;
+}
+
+__device__ inline unsigned shared_address(const void* pointer) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// Copies V elements to shared memory, not waiting for them where the hardware can do without.
+template <int V, typename T>
+__device__ inline void copy_async(T* to, const T* from) {
+    if (V * sizeof(T) == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+                     : "memory");
+    else if (V * sizeof(T) >= 4)
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from),
+                     "n"(V * sizeof(T) >= 4 ? V * sizeof(T) : 4)
+                     : "memory");
+    else
+        *to = *from;
+}
+
+__device__ inline void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most PENDING of the thread's groups of copies are under way.
+template <int PENDING>
+__device__ inline void wait_for_groups() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Four 8 x 8 matrices; lane l gives the shared address of 8 elements, row l % 8 of matrix l / 8.
+// Volatile, so that it stays behind the barrier that completes what it reads.
+template <bool TRANSPOSED>
+__device__ inline void load_matrices(unsigned row, unsigned (&matrices)[4]) {
+    if (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+                     : "r"(row));
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+                     : "r"(row));
+}
+
+// d += a * b, as the PTX manual lays out the fragments of mma.m16n8k16 and mma.m16n8k8.
+template <typename T>
+struct Mma;
+
+#define DEFINE_MMA(T, NAME)                                                                       \
+    template <>                                                                                   \
+    struct Mma<T> {                                                                               \
+        static __device__ void k16(float (&d)[4], unsigned a0, unsigned a1, unsigned a2,          \
+                                   unsigned a3, unsigned b0, unsigned b1) {                       \
+            asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                            \
+                ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                      \
+                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                  \
+                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                          \
+        }                                                                                         \
+        static __device__ void k8(float (&d)[4], unsigned a0, unsigned a1, unsigned b0) {         \
+            asm("mma.sync.aligned.m16n8k8.row.col.f32." NAME "." NAME                             \
+                ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"                               \
+                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                  \
+                : "r"(a0), "r"(a1), "r"(b0));                                                     \
+        }                                                                                         \
+    };
+
+DEFINE_MMA(Half, "f16")
+DEFINE_MMA(BFloat16, "bf16")
+#undef DEFINE_MMA

@@ -1,0 +1,123 @@
+// The instructions of kernels/ptx.cuh in plain C++, for kernels that run on a CPU.
+#pragma once
+
+#include "cuda_on_cpu.hpp"
+
+struct Half {
+    unsigned short bits;
+};
+
+struct BFloat16 {
+    unsigned short bits;
+};
+
+inline float to_float(Half x) {
+    _Float16 value;
+    memcpy(&value, &x.bits, sizeof value);
+    return value;
+}
+
+inline float to_float(BFloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+
+inline Half to_half(float x) {
+    const _Float16 value = x;
+    Half narrowed;
+    memcpy(&narrowed.bits, &value, sizeof value);
+    return narrowed;
+}
+
+inline BFloat16 to_bfloat16(float x) {
+    if (std::isnan(x)) return {0x7fff};
+    unsigned bits;
+    memcpy(&bits, &x, sizeof bits);
+    return {static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+inline unsigned shared_address(const void* pointer) {
+    return static_cast<unsigned>(static_cast<const char*>(pointer) -
+                                 reinterpret_cast<const char*>(shared));
+}
+
+// Copies arrive when they are waited for, not before: a kernel that reads too early reads NaN.
+struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+};
+
+inline thread_local std::vector<std::vector<Copy>> groups(1);
+
+template <int V, typename T>
+inline void copy_async(T* to, const T* from) {
+    constexpr size_t BYTES = V * sizeof(T);
+    if (BYTES < 4) {
+        memcpy(to, from, BYTES);
+        return;
+    }
+    if (reinterpret_cast<size_t>(to) % BYTES || reinterpret_cast<size_t>(from) % BYTES)
+        fail("a copy is not aligned");
+    groups.back().push_back({to, from, BYTES});
+}
+
+inline void end_group() { groups.emplace_back(); }
+
+template <int PENDING>
+inline void wait_for_groups() {
+    while (groups.size() > PENDING + 1) {
+        for (const Copy& copy : groups.front()) memcpy(copy.to, copy.from, copy.bytes);
+        groups.erase(groups.begin());
+    }
+}
+
+template <bool TRANSPOSED>
+inline void load_matrices(unsigned row, unsigned (&matrices)[4]) {
+    if (row % 16) fail("a row of a matrix is not aligned");
+    const auto rows = exchange(std::array{row});
+    const int lane = threadIdx.x % 32;
+    for (int m = 0; m < 4; ++m) {
+        unsigned short pair[2];
+        for (int p = 0; p < 2; ++p) {
+            const int in_row = lane / 4, in_pair = lane % 4 * 2 + p;
+            const unsigned address = rows[m * 8 + (TRANSPOSED ? in_pair : in_row)][0];
+            const char* from = reinterpret_cast<const char*>(shared) + address;
+            memcpy(&pair[p], from + 2 * (TRANSPOSED ? in_row : in_pair), 2);
+        }
+        matrices[m] = pair[0] | static_cast<unsigned>(pair[1]) << 16;
+    }
+}
+
+// Element k of the row that lane `row * 4` to `row * 4 + 3` hold pairs of, in register `which`.
+template <typename T, size_t N>
+inline float element(const std::array<std::array<unsigned, N>, 32>& registers, int row, int k,
+                     int which) {
+    const unsigned pair = registers[row % 8 * 4 + k % 8 / 2][which];
+    return to_float(T{static_cast<unsigned short>(k % 2 ? pair >> 16 : pair)});
+}
+
+template <typename T>
+struct Mma {
+    static void k16(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+                    unsigned b1) {
+        const auto registers = exchange(std::array{a0, a1, a2, a3, b0, b1});
+        multiply(d, 16, [&](int row, int column, int k) {
+            return element<T>(registers, row, k, row / 8 + k / 8 * 2) *
+                   element<T>(registers, column, k, 4 + k / 8);
+        });
+    }
+
+    static void k8(float (&d)[4], unsigned a0, unsigned a1, unsigned b0) {
+        const auto registers = exchange(std::array{a0, a1, b0});
+        multiply(d, 8, [&](int row, int column, int k) {
+            return element<T>(registers, row, k, row / 8) * element<T>(registers, column, k, 2);
+        });
+    }
+
+  private:
+    template <typename Product>
+    static void multiply(float (&d)[4], int depth, Product product) {
+        const int lane = threadIdx.x % 32;
+        for (int i = 0; i < 4; ++i)
+            for (int k = 0; k < depth; ++k)
+                d[i] += product(lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2, k);
+    }
+};

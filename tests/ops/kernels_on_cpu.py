@@ -1,0 +1,92 @@
+"""Runs the kernels on a CPU: their sources, compiled by g++ against `cuda_on_cpu/`.
+
+Threads of a block are threads, barriers are barriers, shared memory begins as NaN, and copies ahead
+of use arrive no sooner than they are waited for. Only the PTX of `ptx.cuh` is exchanged for C++.
+"""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sanctl_ops.kernels import runtime
+from sanctl_ops.kernels.runtime import Kernel
+
+EMULATION = Path(__file__).parent / "cuda_on_cpu"
+DECLARATION = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(([^)]*)\)")
+ENTRY = """
+extern "C" void launch(unsigned blocks, unsigned threads, {parameters}) {{
+    run(blocks, threads, [=] {{ {expression}({arguments}); }});
+}}
+"""
+
+
+class Launcher:
+    """Stands in for `runtime.launch`, compiling each kernel once into `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        for source in (*runtime.SOURCES.glob("*.cu*"), *EMULATION.iterdir()):
+            shutil.copy(source, folder)
+        self._compiled: dict[Kernel, ctypes.CDLL] = {}
+        self.launched: list[Kernel] = []
+
+    def __call__(
+        self,
+        kernel: Kernel,
+        device: torch.device,
+        blocks: int,
+        threads: int,
+        arguments: Sequence[Any],
+        shared_bytes: int = 0,
+    ) -> None:
+        """Run a kernel to its end."""
+        self.launched.append(kernel)
+        if kernel not in self._compiled:
+            self._compiled[kernel] = self._compile(kernel)
+        kept = [_argument(argument) for argument in arguments]
+        self._compiled[kernel].launch(
+            ctypes.c_uint(blocks),
+            ctypes.c_uint(threads),
+            *[ctypes.c_void_p(pointer) for _, pointer in kept],
+        )
+
+    def _compile(self, kernel: Kernel) -> ctypes.CDLL:
+        name = kernel.expression.partition("<")[0]
+        value_type = re.split("[<,>]", kernel.expression)[1]
+        text = (runtime.SOURCES / kernel.source).read_text(encoding="utf-8")
+        types = [
+            parameter.strip().rpartition(" ")[0].replace("T*", f"{value_type}*")
+            for parameter in dict(DECLARATION.findall(text))[name].split(",")
+        ]
+        # Pointers as they are, everything else by its address.
+        parameters = [
+            f"{t if t.endswith('*') else t + ' const*'} a{i}" for i, t in enumerate(types)
+        ]
+        arguments = [f"{'' if t.endswith('*') else '*'}a{i}" for i, t in enumerate(types)]
+        entry = ENTRY.format(
+            parameters=", ".join(parameters),
+            expression=kernel.expression,
+            arguments=", ".join(arguments),
+        )
+        program = self._folder / f"kernel{len(self._compiled)}.cpp"
+        program.write_text(f'#include "{kernel.source}"\n{entry}', encoding="utf-8")
+        library = program.with_suffix(".so")
+        options = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
+        subprocess.run(["g++", *options, "-o", library, program], check=True)
+        return ctypes.CDLL(str(library))
+
+
+def _argument(argument: Any) -> tuple[Any, int]:
+    """Return what must be kept, and the address of a tensor's data or of the value."""
+    if isinstance(argument, Tensor):
+        return argument, argument.data_ptr()
+    kept = np.asarray(argument, np.int32 if isinstance(argument, int) else None)
+    return kept, kept.ctypes.data

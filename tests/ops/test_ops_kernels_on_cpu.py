@@ -1,0 +1,91 @@
+"""The arithmetic of the kernels where there is no GPU: their sources on threads of a CPU."""
+
+import importlib
+import pkgutil
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+from kernels_on_cpu import Launcher
+from op_cases import OPERATORS, Case, laid_out
+
+import sanctl_ops
+from sanctl_ops import kernels
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+# Roundings of the result; sums are the same but for their order.
+TOLERANCES = {
+    torch.float32: (1e-5, 2e-5),
+    torch.bfloat16: (2**-7, 1e-5),
+    torch.float16: (2**-10, 1e-5),
+}
+
+CASES = [
+    ("subtraction2", torch.float32, Case("vectors of 4", 9, 28, 7, padding=3, channels=2)),
+    ("subtraction2", torch.float32, Case("vectors of 2", 14, 6, 3, padding=1, pad_mode="zero")),
+    ("subtraction2", torch.bfloat16, Case("any windows", 7, 9, 3, 2, 1, channels=2)),
+    ("concatenation", torch.float32, Case("vectors of 2", 5, 14, 5, padding=2, channels=2)),
+    ("concatenation", torch.float32, Case("any windows", 6, 7, 2, padding=1, channels=2)),
+    ("aggregation", torch.float32, Case("vectors of 4", 9, 28, 7, padding=3, channels=16)),
+    ("aggregation", torch.float32, Case("single", 6, 7, 7, padding=3, channels=6)),
+    ("aggregation", torch.float32, Case("any", 7, 9, 3, 2, 1, channels=4, pad_mode="zero")),
+    ("aggregation", torch.bfloat16, Case("long rows", 4, 72, 7, padding=3, channels=16)),
+    ("aggregation", torch.bfloat16, Case("rows", 17, 28, 7, padding=3, channels=16, shared=2)),
+    ("aggregation", torch.bfloat16, Case("short rows", 14, 14, 7, padding=3, channels=6)),
+    (
+        "aggregation",
+        torch.float16,
+        Case("zeros", 5, 16, 5, padding=2, pad_mode="zero"),
+    ),
+    ("aggregation", torch.bfloat16, Case("strided", 6, 8, 3, padding=1, layout="channels_last")),
+]
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Launcher:
+    return Launcher(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture
+def _kernels_on_cpu(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the operators take the CPU for a GPU, and torch fill new memory with NaN."""
+    for package in (sanctl_ops, kernels):
+        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            module = importlib.import_module(found.name)
+            if found.name != "sanctl_ops.kernels.runtime" and hasattr(module, "launch"):
+                monkeypatch.setattr(module, "launch", launcher)
+            if found.name != "sanctl_ops.backend" and hasattr(module, "runs_kernels"):
+                monkeypatch.setattr(module, "runs_kernels", lambda device: True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_kernels_on_cpu")
+@pytest.mark.parametrize(
+    ("name", "dtype", "case"), CASES, ids=[f"{n}-{d}-{c.name}" for n, d, c in CASES]
+)
+def test_kernels_compute_what_the_formulas_do(
+    name: str,
+    dtype: torch.dtype,
+    case: Case,
+    launcher: Launcher,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    operator = OPERATORS[name]
+    shapes = operator.input_shapes(case)
+    inputs = [laid_out(shape, case.layout).to(dtype).requires_grad_() for shape in shapes]
+    launched = len(launcher.launched)
+    out = operator.run(*inputs, case.geometry)
+    grad = torch.randn(out.shape).to(dtype)
+    actual = [out, *torch.autograd.grad(out, inputs, grad)]
+    assert len(launcher.launched) > launched + 1
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    monkeypatch.undo()
+    expected_out = operator.run(*wide, case.geometry)
+    expected = [expected_out, *torch.autograd.grad(expected_out, wide, grad.double())]
+    rtol, atol = TOLERANCES[dtype]
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=rtol, atol=atol)
