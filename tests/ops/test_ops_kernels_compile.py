@@ -107,7 +107,7 @@ class Launches:
             wanted = Tensor if declared.endswith("*") else PASSED[declared]
             assert isinstance(argument, wanted), (kernel, declared, argument)
             if isinstance(argument, np.ndarray):
-                assert argument.dtype == STRUCTURES[declared]
+                assert argument.dtype == f"V{STRUCTURES[declared].itemsize}"
         assert 0 <= blocks < 2**31
         assert threads % geometry.WARP == 0
         assert 0 < threads <= 1024

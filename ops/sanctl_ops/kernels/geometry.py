@@ -31,17 +31,22 @@ VECTOR_BYTES = 16
 WARP = 32
 
 
+def _structure(values: tuple[int, ...], layout: np.dtype) -> np.ndarray:
+    """Return a structure as bytes: NumPy describes fields anew, in Python, at every launch."""
+    return np.array(values, layout).view(f"V{layout.itemsize}")
+
+
 @cache
 def window_argument(window: Window, height: int, width: int) -> np.ndarray:
     """Return struct Window of `window` on planes of `height` x `width` pixels."""
     out_height, out_width = window.output_size(height, width)
     fields = (window.kernel_size, window.stride, window.padding, window.dilation)
-    return np.array((*fields, height, width, out_height, out_width), _WINDOW)
+    return _structure((*fields, height, width, out_height, out_width), _WINDOW)
 
 
 @cache
 def _strides(strides: tuple[int, ...]) -> np.ndarray:
-    return np.array(strides, _STRIDES)
+    return _structure(strides, _STRIDES)
 
 
 def strides_argument(x: Tensor) -> np.ndarray:
@@ -54,7 +59,7 @@ def divisor_argument(divisor: int) -> np.ndarray:
     """Return struct Divisor of a number from 1 to 2**31."""
     bits = (divisor - 1).bit_length()
     multiplier = ((1 << 32) * ((1 << bits) - divisor)) // divisor + 1
-    return np.array((divisor, multiplier, max(bits - 1, 0)), _DIVISOR)
+    return _structure((divisor, multiplier, max(bits - 1, 0)), _DIVISOR)
 
 
 def reflects(window: Window) -> bool:
