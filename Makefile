@@ -12,7 +12,8 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	# A process for every core; more threads than cores would only wait for each other.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 # The stamps make a second run skip pip altogether. torch and torchvision come together from
 # the package index, as sanctl's dependencies: a CPU-only torch does not fit the index's torchvision.

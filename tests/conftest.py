@@ -1,5 +1,6 @@
-"""A tiny dataset and a user's folder, for the tests that train."""
+"""A tiny dataset and a user's folder for the tests that train, and what no test leaves behind."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,12 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def place(tmp_path: Path, shapes: Path) -> Place:
     """A folder with a configuration for it."""
     return Place(tmp_path, shapes)
+
+
+@pytest.fixture(autouse=True)
+def _backend_as_before() -> Iterator[None]:
+    """What one test chooses to run the operators is not for the next."""
+    from sanctl_ops import use_backend
+
+    with use_backend():
+        yield

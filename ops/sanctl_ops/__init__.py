@@ -8,7 +8,14 @@ break. torch's FLOP counter knows the first four, and counts no batch normalisat
 """
 
 from sanctl_ops.aggregation import aggregation
-from sanctl_ops.backend import BackendError, Choice, choose_backend, requested_backend, set_backend
+from sanctl_ops.backend import (
+    BackendError,
+    Choice,
+    choose_backend,
+    requested_backend,
+    set_backend,
+    use_backend,
+)
 from sanctl_ops.batch_norm_relu import batch_norm_relu
 from sanctl_ops.concatenation import concatenation
 from sanctl_ops.subtraction import subtraction
@@ -25,4 +32,5 @@ __all__ = [
     "set_backend",
     "subtraction",
     "subtraction2",
+    "use_backend",
 ]

@@ -3,7 +3,8 @@
 import importlib
 import logging
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -54,6 +55,26 @@ def set_backend(name: str) -> None:
     """
     global _requested
     _requested = _known(name, "the backend")
+
+
+@contextmanager
+def use_backend(name: str | None = None) -> Iterator[None]:
+    """Choose as `set_backend` does for a block; afterwards the choice is what it was before.
+
+    Args:
+        name: "auto", "cupy" or "torch"; None leaves what is chosen already.
+
+    Raises:
+        BackendError: there is no backend of that name.
+    """
+    global _requested
+    before = _requested
+    if name is not None:
+        set_backend(name)
+    try:
+        yield
+    finally:
+        _requested = before
 
 
 def requested_backend() -> str:

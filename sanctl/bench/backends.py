@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sanctl.errors import UserError
-from sanctl_ops import BackendError, requested_backend, set_backend
+from sanctl_ops import BackendError, requested_backend, use_backend
 
 
 @contextmanager
@@ -18,11 +18,8 @@ def backend_set(name: str | None = None) -> Iterator[None]:
         UserError: The environment asks for a backend that there is not.
     """
     try:
-        before = requested_backend()
+        requested_backend()
     except BackendError as error:
         raise UserError(str(error)) from None
-    set_backend(name or before)
-    try:
+    with use_backend(name):
         yield
-    finally:
-        set_backend(before)

@@ -114,7 +114,8 @@ def test_geometry(operator: Callable[..., Tensor], geometry: dict[str, Any], mes
             for shape in [(2, 2, 25, 30), (2, 2, 9, 12), (1, 2, 9, 30), (2, 18, 30)]
         ],
     ],
-    ids=str,
+    # A function has no name that is the same in every process.
+    ids=lambda value: "call" if callable(value) else str(value),
 )
 def test_tensors(call: Callable[[], Tensor], parts: list[str]) -> None:
     with pytest.raises(ValueError, match=re.escape(parts[0])) as raised:

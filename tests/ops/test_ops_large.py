@@ -39,12 +39,9 @@ def poison(*tensors: Tensor) -> None:
 def by_formula(run: object, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
     """Return what the torch formulas give in float64: the output, then the gradients."""
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    sanctl_ops.set_backend("torch")
-    try:
+    with sanctl_ops.use_backend("torch"):
         out = run(*wide)  # type: ignore[operator]
         return [out, *torch.autograd.grad(out, wide, grad.double())]
-    finally:
-        sanctl_ops.set_backend("auto")
 
 
 def check(run: object, inputs: list[Tensor]) -> None:

@@ -92,12 +92,15 @@ def test_two_runs_are_bit_identical(operator: Operator, device: str, dtype: torc
         torch.manual_seed(1)
         return [out, *gradients_of(out, inputs, case.layout)]
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
     # In this mode torch also refuses the backward passes that it knows to be nondeterministic.
     torch.use_deterministic_algorithms(True)
     try:
         first, second = run(), run()
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 
