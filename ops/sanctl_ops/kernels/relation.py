@@ -5,7 +5,9 @@ from torch import Tensor
 
 from sanctl_ops.kernels.geometry import (
     divisor_argument,
+    joined_pitch,
     reflects,
+    rows_of_tile,
     same_kernel_size,
     strides_argument,
     threads_for,
@@ -13,9 +15,10 @@ from sanctl_ops.kernels.geometry import (
     window_argument,
 )
 from sanctl_ops.kernels.runtime import kernel, launch
-from sanctl_ops.window import Window
+from sanctl_ops.window import Window, accumulation_dtype
 
 THREADS = 256
+SAME_THREADS = 128
 
 
 def forward(source: str, name: str, window: Window, x1: Tensor, x2: Tensor, out: Tensor) -> None:
@@ -52,6 +55,35 @@ def forward(source: str, name: str, window: Window, x1: Tensor, x2: Tensor, out:
         threads,
         (*inputs, geometry, channels, chunks),
     )
+
+
+def backward_same(source: str, name: str, window: Window, grad: Tensor, *planes: Tensor) -> bool:
+    """Write gradients, (N, C, H, W) in any layout, by a kernel for windows of stride 1.
+
+    Returns:
+        Whether the kernel takes these tensors; nothing is launched if it does not.
+    """
+    size = same_kernel_size(window)
+    if not size or not grad.is_contiguous():
+        return False
+    batch, channels, height, width = planes[0].shape
+    # Where the taps follow the centres, they begin after whole planes, which the vector divides.
+    vector = vector_width(width, *planes, grad)
+    vectors = width // vector
+    if vectors > SAME_THREADS:
+        return False
+    rows = rows_of_tile(height, vectors, SAME_THREADS)
+    tiles = -(-height // rows)
+    outputs = [argument for plane in planes for argument in (plane, strides_argument(plane))]
+    launch(
+        kernel(source, name, grad.dtype, reflects(window), size, vector),
+        grad.device,
+        batch * channels * tiles,
+        threads_for(rows * vectors, SAME_THREADS),
+        (grad, *outputs, window_argument(window, height, width), channels, tiles, rows),
+        rows * joined_pitch(width, size, vector) * accumulation_dtype(grad.dtype).itemsize,
+    )
+    return True
 
 
 def backward_any(
