@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sanctl_ops.backend import runs_kernels
-from sanctl_ops.checks import check_alike, check_image, check_window
 from sanctl_ops.kernels import concatenation as kernels
-from sanctl_ops.window import Window, accumulation_dtype, plane_format
+from sanctl_ops.relation import check_related, empty_gradients, save_planes
+from sanctl_ops.window import Window, accumulation_dtype
 
 
 def concatenation(
@@ -46,12 +46,7 @@ def concatenation(
         ValueError: see `subtraction2`.
         BackendError: the CuPy kernels are asked for by name and cannot run on x1's device.
     """
-    check_image("x1", x1)
-    check_image("x2", x2)
-    if x1.shape != x2.shape:
-        raise ValueError(f"x1 {tuple(x1.shape)} and x2 {tuple(x2.shape)} differ in shape")
-    check_alike("x1", x1, "x2", x2)
-    check_window(Window(kernel_size, stride, padding, dilation, pad_mode), x1)
+    check_related(Window(kernel_size, stride, padding, dilation, pad_mode), x1, x2)
     return _concatenation(x1, x2, kernel_size, stride, padding, dilation, pad_mode)
 
 
@@ -87,9 +82,14 @@ def _empty_output(window: Window, x: Tensor) -> Tensor:
     return x.new_empty(batch, channels * (window.taps + 1), 1, out_height * out_width)
 
 
+def _channels(window: Window, joined: Tensor) -> int:
+    """Return C of a joined (N, C * (K*K + 1), 1, P)."""
+    return joined.shape[1] // (window.taps + 1)
+
+
 def _parts(window: Window, joined: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """View the centres as (N, C, Ho, Wo) and the taps as (N, C, K, K, Ho, Wo)."""
-    channels = joined.shape[1] // (window.taps + 1)
+    channels = _channels(window, joined)
     pixels = joined[:, :, 0].unflatten(2, (rows, columns))
     taps = pixels[:, channels:].unflatten(1, (channels, *[window.kernel_size] * 2))
     return pixels[:, :channels], taps
@@ -108,7 +108,7 @@ def _concatenation_backward(
     pad_mode: str,
 ) -> tuple[Tensor, Tensor]:
     window = Window(kernel_size, stride, padding, dilation, pad_mode)
-    grad1, grad2 = _empty_gradients(window, grad, height, width, channels_last)
+    grad1, grad2 = empty_gradients(grad, _channels(window, grad), height, width, channels_last)
     if runs_kernels(grad.device):
         kernels.backward(window, grad, grad1, grad2)
         return grad1, grad2
@@ -128,19 +128,7 @@ def _concatenation_backward(
 def _(
     grad: Tensor, height: int, width: int, channels_last: bool, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    return _empty_gradients(Window(*args), grad, height, width, channels_last)
-
-
-def _empty_gradients(
-    window: Window, grad: Tensor, height: int, width: int, channels_last: bool
-) -> tuple[Tensor, Tensor]:
-    shape = (grad.shape[0], grad.shape[1] // (window.taps + 1), height, width)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    grad1, grad2 = (
-        torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
-        for _ in range(2)
-    )
-    return grad1, grad2
+    return empty_gradients(grad, _channels(Window(*args), grad), height, width, channels_last)
 
 
 def _scattered_taps(window: Window, taps: Tensor, padded: Tensor) -> Tensor:
@@ -162,17 +150,12 @@ def _places(window: Window, padded: Tensor, dim: int) -> tuple[Tensor, ...]:
     return padded.unfold(dim, window.span, window.stride)[..., :: window.dilation].unbind(-1)
 
 
-def _save_geometry(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x1, _, *ctx.window = inputs
-    ctx.planes = (*x1.shape[2:], plane_format(x1) == torch.channels_last)
-
-
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad1, grad2 = _concatenation_backward(grad, *ctx.planes, *ctx.window)
     return grad1, grad2, *[None] * len(ctx.window)
 
 
-_concatenation.register_autograd(_differentiate, setup_context=_save_geometry)
+_concatenation.register_autograd(_differentiate, setup_context=save_planes)
 
 
 @register_flop_formula(torch.ops.sanctl.concatenation)

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sanctl_ops.backend import runs_kernels
-from sanctl_ops.checks import check_alike, check_image, check_window
 from sanctl_ops.kernels import subtraction2 as kernels
-from sanctl_ops.window import Window, accumulation_dtype, plane_format
+from sanctl_ops.relation import check_related, empty_gradients, save_planes
+from sanctl_ops.window import Window, accumulation_dtype
 
 
 def subtraction2(
@@ -49,12 +49,7 @@ def subtraction2(
             input.
         BackendError: the CuPy kernels are asked for by name and cannot run on x1's device.
     """
-    check_image("x1", x1)
-    check_image("x2", x2)
-    if x1.shape != x2.shape:
-        raise ValueError(f"x1 {tuple(x1.shape)} and x2 {tuple(x2.shape)} differ in shape")
-    check_alike("x1", x1, "x2", x2)
-    check_window(Window(kernel_size, stride, padding, dilation, pad_mode), x1)
+    check_related(Window(kernel_size, stride, padding, dilation, pad_mode), x1, x2)
     return _subtraction2(x1, x2, kernel_size, stride, padding, dilation, pad_mode)
 
 
@@ -99,23 +94,20 @@ def _subtraction2_backward(
     pad_mode: str,
 ) -> tuple[Tensor, Tensor]:
     window = Window(kernel_size, stride, padding, dilation, pad_mode)
+    grad1, grad2 = empty_gradients(grad, grad.shape[1], height, width, channels_last)
     if runs_kernels(grad.device):
-        gradients = _empty_gradients(grad, height, width, channels_last)
-        kernels.backward(window, grad, *gradients)
-        return gradients
+        kernels.backward(window, grad, grad1, grad2)
+        return grad1, grad2
     accumulate = accumulation_dtype(grad.dtype)
     taps = grad.unflatten(3, window.output_size(height, width))
     planes = (*grad.shape[:2], *window.padded_size(height, width))
-    grad1 = torch.zeros(planes, dtype=accumulate, device=grad.device)
-    window.centre_view(grad1).copy_(taps.sum(2, dtype=accumulate))
-    grad2 = torch.zeros_like(grad1)
-    for view, tap in zip(window.tap_views(grad2), taps.unbind(2), strict=True):
+    padded = torch.zeros(planes, dtype=accumulate, device=grad.device)
+    window.centre_view(padded).copy_(taps.sum(2, dtype=accumulate))
+    grad1.copy_(window.fold(padded))
+    padded.zero_()
+    for view, tap in zip(window.tap_views(padded), taps.unbind(2), strict=True):
         view.sub_(tap)
-    memory_format = _format(channels_last)
-    grad1, grad2 = (
-        window.fold(plane).to(grad.dtype).contiguous(memory_format=memory_format)
-        for plane in (grad1, grad2)
-    )
+    grad2.copy_(window.fold(padded))
     return grad1, grad2
 
 
@@ -123,28 +115,7 @@ def _subtraction2_backward(
 def _(
     grad: Tensor, height: int, width: int, channels_last: bool, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    return _empty_gradients(grad, height, width, channels_last)
-
-
-def _empty_gradients(
-    grad: Tensor, height: int, width: int, channels_last: bool
-) -> tuple[Tensor, Tensor]:
-    shape = (*grad.shape[:2], height, width)
-    memory_format = _format(channels_last)
-    grad1, grad2 = (
-        torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
-        for _ in range(2)
-    )
-    return grad1, grad2
-
-
-def _format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def _save_geometry(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x1, _, *ctx.window = inputs
-    ctx.planes = (*x1.shape[2:], plane_format(x1) == torch.channels_last)
+    return empty_gradients(grad, grad.shape[1], height, width, channels_last)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -152,7 +123,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad1, grad2, *[None] * len(ctx.window)
 
 
-_subtraction2.register_autograd(_differentiate, setup_context=_save_geometry)
+_subtraction2.register_autograd(_differentiate, setup_context=save_planes)
 
 
 @register_flop_formula(torch.ops.sanctl.subtraction2)
