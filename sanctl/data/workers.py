@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import cv2
 import torch
@@ -84,26 +84,35 @@ class Workers(Generic[Item, Result]):
             SanctlError: A process died.
         """
         try:
-            for result in self._results():
+            results = self._start()
+            while True:
+                with _deaths.raised():
+                    result = next(results, _end)
+                if result is _end:
+                    return
                 if isinstance(result, UserError):
                     raise result
-                yield result
+                yield cast(Result, result)
         except (Exception, KeyboardInterrupt) as error:
             # The processes must go now: whoever keeps the error would keep them, and when a
             # garbage collection ends them it waits seconds for each.
-            self._loader = None
-            if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+            self._loader = results = None
+            if self._count and _is_death(error):
+                reason = str(error).splitlines()[0]
+                _forget_frames(error)
                 raise SanctlError(
-                    f"a data worker died ({str(error).splitlines()[0]}); it may have run out of "
-                    "memory or of shared memory: try fewer workers"
-                ) from error.with_traceback(None)
+                    f"a data worker died ({reason}); it may have run out of memory or of shared "
+                    "memory: try fewer workers"
+                ) from error
             raise
 
-    def _results(self) -> Iterator[Result | UserError]:
+    def _start(self) -> Iterator[Result | UserError]:
         if self._loader is None:
             self._loader = self._make_loader()
         with _interrupt_held():
-            return iter(self._loader)  # the first time, this starts the processes
+            results = iter(self._loader)  # the first time, this starts the processes
+        _deaths.take_over()
+        return results
 
     def _make_loader(self) -> DataLoader[Result | UserError]:
         return _QuietLoader(
@@ -117,6 +126,65 @@ class Workers(Generic[Item, Result]):
             worker_init_fn=_prepare,
             generator=torch.Generator(),  # or every iteration would draw from the default one
         )
+
+
+class _Deaths:
+    """Lets the death of a worker raise only where somebody waits for results.
+
+    torch raises from its handler of SIGCHLD, which may run in any line of the main thread: amid
+    the saving of a checkpoint, say. Without that handler a worker that dies while it writes a
+    result would be waited for without end.
+    """
+
+    def __init__(self) -> None:
+        self._raise_if_any: Callable[[int, FrameType | None], object] | None = None
+        self._waited_for = False
+
+    def take_over(self) -> None:
+        """Stand in for the handler that torch installs with the first worker."""
+        handler = signal.getsignal(signal.SIGCHLD)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and callable(handler) and handler != self._handle:
+            self._raise_if_any = handler
+            signal.signal(signal.SIGCHLD, self._handle)
+
+    @contextmanager
+    def raised(self) -> Iterator[None]:
+        """Raise what has happened since the last time, and what happens now."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals are handled in the main thread alone
+            return
+        self._waited_for = True
+        try:
+            self._handle(signal.SIGCHLD, None)
+            yield
+        finally:
+            self._waited_for = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._waited_for and self._raise_if_any is not None:
+            self._raise_if_any(number, frame)
+
+
+_deaths = _Deaths()
+_end = object()
+
+
+def _is_death(error: BaseException) -> bool:
+    """Whether the error tells of a worker's death, as torch found it or as its connection did."""
+    text = str(error)
+    if text.startswith("Caught "):  # raised by the function, in a worker that lives
+        return False
+    if isinstance(error, RuntimeError):
+        return text.startswith(("DataLoader worker", "Pin memory thread"))
+    return isinstance(error, ConnectionError | EOFError)
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what the lines that the error went through hold: the workers, among others."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__
 
 
 @contextmanager

@@ -1,0 +1,72 @@
+import gc
+import multiprocessing
+import os
+import signal
+from multiprocessing.connection import wait
+from typing import Any
+
+import pytest
+import torch
+
+from sanctl.data.workers import Chunks, Workers
+from sanctl.errors import SanctlError
+
+
+def killed_at(number: int, *, result: Any = None) -> Any:
+    """A function of a chunk that ends its process at one number, as a kernel out of memory does."""
+
+    def work(chunk: list[int]) -> Any:
+        if number in chunk:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.tensor(chunk) if result is None else result
+
+    return work
+
+
+def test_a_death_disturbs_nothing_but_the_wait_for_results() -> None:
+    """Whoever uses a result may be saving a checkpoint: no error may come out of the blue."""
+    results = iter(Workers(killed_at(4), Chunks(20, 1), count=2))
+    next(results)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    assert wait([worker.sentinel for worker in workers], timeout=30)  # here its signal arrives
+    with pytest.raises(SanctlError, match="a data worker died"):
+        list(results)
+
+
+class Unreadable:
+    """A result whose way to the main process breaks, as when its sender dies at that moment."""
+
+    def __reduce__(self) -> Any:
+        return _lose_connection, ()
+
+
+def _lose_connection() -> None:
+    raise ConnectionResetError(104, "Connection reset by peer")
+
+
+def test_a_connection_that_breaks_is_a_worker_that_died() -> None:
+    workers = Workers(killed_at(-1, result=Unreadable()), Chunks(20, 1), count=2)
+    with pytest.raises(SanctlError, match=r"a data worker died \(.*Connection reset by peer\)"):
+        list(workers)
+
+
+@pytest.mark.parametrize("number", [0, 4])
+def test_after_a_death_the_other_workers_go_at_once(number: int) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(SanctlError, match="a data worker died"):
+            list(Workers(killed_at(number), Chunks(20, 1), count=2))
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
+
+
+def test_an_error_of_the_function_keeps_its_kind() -> None:
+    def fail(_: list[int]) -> None:
+        raise ConnectionRefusedError("the file server is down")
+
+    for count in (0, 2):
+        with pytest.raises(ConnectionRefusedError, match="the file server is down"):
+            list(Workers(fail, Chunks(4, 1), count=count))
