@@ -98,7 +98,7 @@ class Workers(Generic[Item, Result]):
             # garbage collection ends them it waits seconds for each.
             self._loader = results = None
             if self._count and _is_death(error):
-                reason = str(error).splitlines()[0]
+                reason = (str(error) or type(error).__name__).splitlines()[0]
                 _forget_frames(error)
                 raise SanctlError(
                     f"a data worker died ({reason}); it may have run out of memory or of shared "

@@ -37,17 +37,27 @@ def test_a_death_disturbs_nothing_but_the_wait_for_results() -> None:
 class Unreadable:
     """A result whose way to the main process breaks, as when its sender dies at that moment."""
 
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
     def __reduce__(self) -> Any:
-        return _lose_connection, ()
+        return _raise, (self._error,)
 
 
-def _lose_connection() -> None:
-    raise ConnectionResetError(104, "Connection reset by peer")
+def _raise(error: Exception) -> None:
+    raise error
 
 
-def test_a_connection_that_breaks_is_a_worker_that_died() -> None:
-    workers = Workers(killed_at(-1, result=Unreadable()), Chunks(20, 1), count=2)
-    with pytest.raises(SanctlError, match=r"a data worker died \(.*Connection reset by peer\)"):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ConnectionResetError(104, "Connection reset by peer"), "Connection reset by peer"),
+        (EOFError(), "EOFError"),
+    ],
+)
+def test_a_connection_that_breaks_is_a_worker_that_died(error: Exception, reason: str) -> None:
+    workers = Workers(killed_at(-1, result=Unreadable(error)), Chunks(20, 1), count=2)
+    with pytest.raises(SanctlError, match=rf"a data worker died \(.*{reason}\)"):
         list(workers)
 
 
