@@ -28,12 +28,14 @@ def _same(vectors: Iterable[int], dtypes: Iterable[torch.dtype]) -> list[Paramet
 
 ANY: list[Parameters] = list(itertools.product(DTYPES, REFLECTS))
 SAME = _same((1, 2, 4), DTYPES)
-MMA = _same(aggregation_mma.VECTORS, aggregation_mma.DTYPES)
-ROWS_OF_WARP = [
-    (*chosen, rows)
-    for rows, vectors in aggregation_mma.GRADIENT_VECTORS.items()
-    for chosen in _same(vectors, aggregation_mma.DTYPES)
-]
+
+
+def _together(vectors: Iterable[int]) -> list[Parameters]:
+    chosen = itertools.product(_same(vectors, aggregation_mma.DTYPES), aggregation_mma.MOST_WARPS)
+    return [(*same, rows) for same, rows in chosen]
+
+
+MMA = _together(aggregation_mma.VECTORS)
 ELEMENTS = _vectors((1, 4), DTYPES)
 SUMS: list[Parameters] = [(torch.float32,), (torch.float64,)]
 
@@ -49,7 +51,9 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
     "aggregation_mma.cu": {
         "aggregation_mma": MMA,
         "aggregation_weight_gradient_mma": MMA,
-        "aggregation_input_gradient_mma": ROWS_OF_WARP,
+    },
+    "aggregation_mma_input.cu": {
+        "aggregation_input_gradient_mma": _together(aggregation_mma.INPUT_VECTORS),
     },
     "batch_norm_relu.cu": {
         "moments": ELEMENTS,

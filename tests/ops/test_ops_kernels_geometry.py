@@ -3,7 +3,7 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sanctl_ops.kernels.geometry import _DIVISOR, divisor_argument
+from sanctl_ops.kernels.geometry import DIVISOR, divisor_argument
 
 WORD = 2**32
 
@@ -15,7 +15,7 @@ WORD = 2**32
 @example(n=WORD - 1, divisor=2**31)
 @example(n=2**31 - 2, divisor=2**31 - 1)
 def test_a_divisor_divides_as_the_kernels_do(n: int, divisor: int) -> None:
-    struct = divisor_argument(divisor).view(_DIVISOR)
+    struct = divisor_argument(divisor).view(DIVISOR)
     high = n * int(struct["multiplier"]) // WORD
     rounded = (high + (n - high) // 2) >> int(struct["shift"])
     assert (n if struct["divisor"] == 1 else rounded) == n // divisor

@@ -32,6 +32,7 @@ CASES = [
     ("aggregation", torch.float32, Case("single", 6, 7, 7, padding=3, channels=6)),
     ("aggregation", torch.float32, Case("any", 7, 9, 3, 2, 1, channels=4, pad_mode="zero")),
     ("aggregation", torch.bfloat16, Case("long rows", 4, 72, 7, padding=3, channels=16)),
+    ("aggregation", torch.bfloat16, Case("tiles", 19, 40, 7, padding=3, channels=2)),
     ("aggregation", torch.bfloat16, Case("rows", 17, 28, 7, padding=3, channels=16, shared=2)),
     ("aggregation", torch.bfloat16, Case("short rows", 14, 14, 7, padding=3, channels=6)),
     (

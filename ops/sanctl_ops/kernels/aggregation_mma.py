@@ -1,200 +1,279 @@
-"""Launches of aggregation_mma.cu: 16-bit values on tensor cores."""
+"""Launches of aggregation_mma.cu and aggregation_mma_input.cu: 16-bit values on tensor cores."""
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sanctl_ops.kernels.geometry import (
+    DIVISOR,
     WARP,
+    divisor,
+    divisor_argument,
     reflects,
     same_kernel_size,
     strides_argument,
+    structure,
     vector_width,
     window_argument,
 )
-from sanctl_ops.kernels.runtime import MOST_SHARED_BYTES, Argument, kernel, launch
+from sanctl_ops.kernels.runtime import MOST_SHARED_BYTES, Argument, Kernel, kernel, launch
 from sanctl_ops.window import Window
 
 SOURCE = "aggregation_mma.cu"
+INPUT_SOURCE = "aggregation_mma_input.cu"
 DTYPES = (torch.float16, torch.bfloat16)
+# Weights that one access moves.
 VECTORS = (8, 4)
-# Vectors of the weights for each number of rows that a warp of the gradient of the input may take.
-GRADIENT_VECTORS = {1: (8, 4), 2: (8, 4, 2), 4: (8, 4, 2)}
-MOST_WARPS = 8
+INPUT_VECTORS = (8, 4, 2)
+# Warps of a block, at most, for each number of rows that a warp may take at once.
+MOST_WARPS = {1: 8, 2: 8, 4: 4}
+INPUT_MOST_WARPS = {1: 16, 2: 16, 4: 4}
+PASSES = 2  # times that a warp takes rows, at most
 
-# As in banded_mma.cuh and aggregation_mma.cu.
+# As in banded_mma.cuh.
 CHANNELS = 8
 PIXELS = 16
 PRODUCTS = 4
 SEGMENT = PRODUCTS * PIXELS
-STAGES = 3
+
+# As in aggregation_mma.cu.
+MARGIN = 4
 WEIGHT_PITCH = 72
-GRADIENT_PITCHES = {1: 88, 2: 136, 4: 136}
-GRADIENT_PRODUCTS = {1: PRODUCTS, 2: 3, 4: 2}
+AHEAD = 2
+
+# As in aggregation_mma_input.cu.
+INPUT_MARGIN = 8
+INPUT_STAGES = 3
+BEYOND = 72
+INPUT_PRODUCTS = {1: PRODUCTS, 2: 3, 4: 2}
+
+# As struct Deal in banded_mma.cuh.
+DEAL = np.dtype(
+    [(name, DIVISOR) for name in ("tiles", "weight_channels", "segments", "vectors", "units")]
+    + [(name, np.int32) for name in ("rows", "step", "group", "pitch", "plane_pitch")]
+)
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """How the work on one layer is dealt out.
+class _Tiles:
+    """How planes are cut into tiles, and these dealt out to warps.
 
     Attributes:
-        window: the windows.
-        kernel_size: K.
-        weight_vector: weights that one copy moves.
-        plane_vector: pixels that one access moves when planes are staged.
-        weight_channels: channels of the weights.
-        group: channels that share a weight.
+        height, width: sides of the planes.
+        together: rows that one warp takes at once.
+        segments: warps that share a row.
         rows: rows of a tile.
-        together: rows that one warp takes.
-        warps: warps of a block.
-        pitch: elements of a staged line.
-        plane_pitch: elements of the staged lines of a channel.
+        step: rows that the warps of a block take at once.
+        lines: lines of each channel in shared memory.
+        pitch: elements of a line.
     """
 
-    window: Window
-    kernel_size: int
-    weight_vector: int
-    plane_vector: int
-    weight_channels: int
-    group: int
-    rows: int
+    height: int
+    width: int
     together: int
-    warps: int
+    segments: int
+    rows: int
+    step: int
+    lines: int
     pitch: int
-    plane_pitch: int
+
+    @property
+    def count(self) -> int:
+        """Tiles of a plane."""
+        return -(-self.height // self.rows)
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block."""
+        return self.step // self.together * self.segments
+
+    @property
+    def plane_pitch(self) -> int:
+        """Elements of the lines of a channel.
+
+        16 bytes beyond a multiple of 128: the rows of a matrix, each of another channel, lie in
+        different banks.
+        """
+        return -(-self.lines * self.pitch // 64) * 64 + 8
+
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        """Numbers of pixels that warps take in one piece, and those of a plane."""
+        rest = (self.height % self.rows % self.together, self.rows % self.together)
+        return tuple(self.width * rows for rows in (self.together, *rest, self.height))
 
 
 def forward(window: Window, x: Tensor, w: Tensor, out: Tensor) -> bool:
     """Write the weighted sums as `aggregation.forward` does; return False if these do not fit."""
-    plan = _window_plan(window, w, x)
-    if plan is None:
-        return False
-    ring = STAGES * plan.kernel_size * WEIGHT_PITCH
-    elements = CHANNELS * plan.plane_pitch + plan.warps * ring
+    tiles = _window_tiles(window, x)
+    size = window.kernel_size
+    slots = 4 if size == 7 else size
+    ring = max(slots * size, AHEAD * size + CHANNELS) * WEIGHT_PITCH
+    out_vector = _vector(out, tiles.pieces, INPUT_VECTORS) if out.stride(3) == 1 else None
     planes = (x, strides_argument(x), w, out, strides_argument(out))
-    return _launch("aggregation_mma", plan, x, planes, (plan.together,), elements)
+    vectors = (_staged_vector(x, MARGIN), out_vector or 1)
+    return _launch_windows("aggregation_mma", window, tiles, x, w, planes, vectors, ring)
 
 
 def weight_gradient(window: Window, grad: Tensor, x: Tensor, grad_w: Tensor) -> bool:
     """Write the gradient of w as `aggregation.weight_gradient` does; False if these do not fit."""
-    plan = _window_plan(window, grad_w, x)
-    if plan is None:
-        return False
-    taps = plan.kernel_size * WEIGHT_PITCH
-    elements = CHANNELS * plan.plane_pitch + plan.warps * taps
+    tiles = _window_tiles(window, x)
+    own = (CHANNELS + 2 * (window.kernel_size + 1)) * WEIGHT_PITCH
     planes = (grad, strides_argument(grad), x, strides_argument(x), grad_w)
-    return _launch("aggregation_weight_gradient_mma", plan, x, planes, (plan.together,), elements)
+    vectors = (_staged_vector(x, MARGIN), _staged_vector(grad, 8))
+    name = "aggregation_weight_gradient_mma"
+    return _launch_windows(name, window, tiles, x, grad_w, planes, vectors, own)
+
+
+def _window_tiles(window: Window, x: Tensor) -> _Tiles:
+    """Return the tiles for kernels that sum over windows, or for windows' weights."""
+    products = -(-x.shape[3] // PIXELS)
+    together = 4 if products == 1 else 2 if products == 2 else 1
+    more_lines = window.kernel_size - 1
+    return _cut(x, x.shape[3], together, MOST_WARPS[together], PASSES, more_lines)
+
+
+def _launch_windows(
+    name: str,
+    window: Window,
+    tiles: _Tiles,
+    x: Tensor,
+    w: Tensor,
+    planes: tuple[Argument, ...],
+    vectors: tuple[int, int],
+    own: int,
+) -> bool:
+    """Launch a kernel whose warps have `own` elements of shared memory each."""
+    weights = _vector(w, tiles.pieces, VECTORS)
+    if weights is None or not _fits(window, tiles, x, w, vectors[0]):
+        return False
+    piece = min(SEGMENT, tiles.together * tiles.width)
+    deal = _deal(tiles, *_channels(x, w), -(-piece // weights), vectors[0])
+    parameters = (x.dtype, reflects(window), window.kernel_size, weights, tiles.together)
+    return _launch(
+        kernel(SOURCE, name, *parameters),
+        tiles,
+        x,
+        w,
+        (*planes, window_argument(window, tiles.height, tiles.width), deal, *vectors),
+        CHANNELS * tiles.plane_pitch + tiles.warps * own,
+    )
 
 
 def input_gradient(window: Window, grad: Tensor, w: Tensor, grad_x: Tensor) -> bool:
     """Write the gradient of x as `aggregation.input_gradient` does; False if these do not fit."""
-    width = grad.shape[3]
-    padded = width + 2 * window.padding
-    together = 4 if width <= SEGMENT // 4 else 2 if width <= SEGMENT // 2 else 1
-    while GRADIENT_PRODUCTS[together] * PIXELS < padded and together > 1:
-        together //= 2
+    size, (height, width) = window.kernel_size, grad.shape[2:]
+    padded = width + size - 1
+    together = next(n for n in (4, 2, 1) if INPUT_PRODUCTS[n] * PIXELS >= padded or n == 1)
     # The line beyond the tile stays zero.
-    plan = _plan(window, padded, together, 1, w, grad)
-    vector = _weight_vector(w, [width], GRADIENT_VECTORS[together])
-    if plan is None or vector is None:
+    tiles = _cut(grad, padded, together, INPUT_MOST_WARPS[together], 1, size)
+    staged = _staged_vector(grad, INPUT_MARGIN)
+    pieces = (height * width,) if tiles.count == 1 else (height * width, width)
+    weights = _vector(w, pieces, INPUT_VECTORS)
+    if weights is None or not _fits(window, tiles, grad, w, staged):
         return False
-    plan = replace(plan, weight_vector=vector)
-    ring = STAGES * plan.kernel_size * GRADIENT_PITCHES[together]
-    columns = max(GRADIENT_PRODUCTS[together] * PIXELS, -(-padded // SEGMENT) * SEGMENT)
-    floats = -(-plan.rows // together) * together * CHANNELS * (columns + 4)
-    elements = CHANNELS * plan.plane_pitch + max(plan.warps * ring, 2 * floats)
+    reach = size // 2 if tiles.rows > size // 2 else size - 1
+    rows_of_weights = min(height, tiles.rows + reach)
+    # An odd multiple of 16 bytes: the diagonals of a band lie in different banks.
+    tap_pitch = (-(-(INPUT_MARGIN + rows_of_weights * width) // 8) | 1) * 8
+    ring = INPUT_STAGES * (size * tap_pitch + BEYOND)
+    columns = max(INPUT_PRODUCTS[together] * PIXELS, tiles.segments * SEGMENT)
+    sums = -(-tiles.rows // together) * together * CHANNELS * (columns + 4) * 4 // w.itemsize
+    out_vector = _staged_vector(grad_x, 8)
+    deal = _deal(tiles, *_channels(grad, w), 1, staged)
+    parameters = (grad.dtype, reflects(window), size, weights, together)
     planes = (grad, strides_argument(grad), w, grad_x, strides_argument(grad_x))
-    return _launch("aggregation_input_gradient_mma", plan, grad, planes, (), elements, together)
-
-
-def _window_plan(window: Window, w: Tensor, x: Tensor) -> _Plan | None:
-    """Return how windows of x are summed, or None where the kernels do not take these tensors."""
-    height, width = x.shape[2:]
-    products = 2 ** math.ceil(math.log2(-(-width // PIXELS)))
-    together = max(1, PRODUCTS // products)
-    plan = _plan(window, width, together, 0, w, x)
-    if plan is None:
-        return None
-    pieces = [width * n for n in (together, height % plan.rows % together, plan.rows % together)]
-    vector = _weight_vector(w, pieces, VECTORS)
-    return replace(plan, weight_vector=vector) if vector else None
-
-
-def _plan(
-    window: Window, columns: int, together: int, more_lines: int, w: Tensor, x: Tensor
-) -> _Plan | None:
-    """Return a plan but for the vectors of weights, or None where the kernels do not take these.
-
-    Args:
-        window: the windows.
-        columns: columns of sums in a row, 16 of which make one product.
-        together: rows that a warp takes.
-        more_lines: lines to stage beside those that the windows of a tile reach.
-        w: the weights or their gradient.
-        x: what is staged, with the channels that share the weights.
-    """
-    size = same_kernel_size(window)
-    group = x.shape[1] // w.shape[1]
-    segments = -(-columns // SEGMENT)
-    fits = group <= CHANNELS and segments <= MOST_WARPS and window.taps * w.shape[3] < 2**31
-    if not size or w.dtype not in DTYPES or not w.is_contiguous() or not fits:
-        return None
-    height, width = x.shape[2:]
-    tiles = -(-height // (MOST_WARPS // segments * together))
-    rows = -(-height // tiles)
-    warps = -(-rows // together) * segments
-    pitch = -(-columns // PIXELS) * PIXELS + PIXELS
-    # 16 bytes beyond a multiple of 128: the rows of a matrix lie in different banks.
-    plane_pitch = -(-(rows + size - 1 + more_lines) * pitch // 64) * 64 + 8
-    plane_vector = vector_width(width, x, widest=8)
-    if width // plane_vector > warps * WARP:
-        return None
-    return _Plan(
-        window, size, 1, plane_vector, w.shape[1], group, rows, together, warps, pitch, plane_pitch
+    written = divisor_argument(width // out_vector)
+    shape = (window_argument(window, height, width), deal, written)
+    return _launch(
+        kernel(INPUT_SOURCE, "aggregation_input_gradient_mma", *parameters),
+        tiles,
+        grad,
+        w,
+        (*planes, *shape, staged, out_vector, tap_pitch, ring),
+        max(CHANNELS * tiles.plane_pitch + ring, sums),
     )
 
 
-def _weight_vector(w: Tensor, pieces: list[int], vectors: tuple[int, ...]) -> int | None:
-    """Return how many weights one copy may move: what divides the pieces that a warp copies."""
+def _cut(
+    x: Tensor, columns: int, together: int, most_warps: int, passes: int, more_lines: int
+) -> _Tiles:
+    """Cut planes into tiles of like height.
+
+    Args:
+        x: the planes.
+        columns: columns of sums in a row, 16 of which make one product.
+        together: rows that one warp takes at once.
+        most_warps: warps of a block, at most.
+        passes: times that a warp takes rows, at most.
+        more_lines: lines to stage beside those of the tile.
+    """
+    height, width = x.shape[2:]
+    segments = -(-columns // SEGMENT)
+    at_once = max(1, most_warps // segments) * together
+    passes = min(passes, -(-height // at_once))
+    rows = -(-height // -(-height // (at_once * passes)))
+    step = -(-rows // (passes * together)) * together
+    pitch = -(-columns // PIXELS) * PIXELS + PIXELS
+    return _Tiles(height, width, together, segments, rows, step, rows + more_lines, pitch)
+
+
+def _fits(window: Window, tiles: _Tiles, x: Tensor, w: Tensor, staged: int) -> bool:
+    """Tell whether the kernels take planes x with weights w, staged so many pixels at a time."""
+    _, group = _channels(x, w)
+    return (
+        same_kernel_size(window) > 0
+        and w.dtype in DTYPES
+        and w.is_contiguous()
+        and group <= CHANNELS
+        and tiles.segments <= MOST_WARPS[1]
+        and tiles.pitch // staged <= tiles.warps * WARP
+        and window.taps * w.shape[3] < 2**31
+    )
+
+
+def _channels(x: Tensor, w: Tensor) -> tuple[int, int]:
+    """Return the channels of the weights, and how many of x share one."""
+    return w.shape[1], x.shape[1] // w.shape[1]
+
+
+def _staged_vector(x: Tensor, widest: int) -> int:
+    """Return how many pixels of a row one copy of these planes may move."""
+    return vector_width(x.shape[3], x, widest=widest) if x.stride(3) == 1 else 1
+
+
+def _vector(x: Tensor, pieces: tuple[int, ...], vectors: tuple[int, ...]) -> int | None:
+    """Return how many elements one access to a tensor may move: what divides all pieces of it."""
     for vector in vectors:
-        divides = all(piece % vector == 0 for piece in (*pieces, w.shape[3]))
-        if divides and w.data_ptr() % (vector * w.itemsize) == 0:
+        divides = all(piece % vector == 0 for piece in pieces)
+        if divides and x.data_ptr() % (vector * x.itemsize) == 0:
             return vector
     return None
 
 
+@cache
+def _deal(tiles: _Tiles, weight_channels: int, group: int, vectors: int, staged: int) -> np.ndarray:
+    """Return struct Deal, with so many accesses to the weights of a tap, and pixels of a copy."""
+    numbers = (tiles.count, weight_channels, tiles.segments, vectors, tiles.pitch // staged)
+    sizes = (tiles.rows, tiles.step, group, tiles.pitch, tiles.plane_pitch)
+    return structure((*map(divisor, numbers), *sizes), DEAL)
+
+
 def _launch(
-    name: str,
-    plan: _Plan,
+    instance: Kernel,
+    tiles: _Tiles,
     x: Tensor,
-    planes: tuple[Argument, ...],
-    extra: tuple[int, ...],
+    w: Tensor,
+    arguments: tuple[Argument, ...],
     elements: int,
-    *parameters: int,
 ) -> bool:
     """Launch a kernel; return False if its elements in shared memory are more than there are."""
     shared = elements * x.itemsize
     if shared > MOST_SHARED_BYTES:
         return False
-    batch, _, height, width = x.shape
-    tiles = -(-height // plan.rows)
-    vector, mirrored = plan.weight_vector, reflects(plan.window)
-    sizes = (plan.weight_channels, plan.group, tiles, plan.rows, *extra)
-    launch(
-        kernel(SOURCE, name, x.dtype, mirrored, plan.kernel_size, vector, *parameters),
-        x.device,
-        batch * plan.weight_channels * tiles,
-        plan.warps * WARP,
-        (
-            *planes,
-            window_argument(plan.window, height, width),
-            *sizes,
-            plan.plane_vector,
-            plan.pitch,
-            plan.plane_pitch,
-        ),
-        shared,
-    )
+    blocks = x.shape[0] * w.shape[1] * tiles.count
+    launch(instance, x.device, blocks, tiles.warps * WARP, arguments, shared)
     return True

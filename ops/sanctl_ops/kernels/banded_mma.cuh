@@ -8,19 +8,77 @@
 //
 // A weight of zero times an infinity is NaN: where an input is not finite, so are its neighbours'
 // results, beyond the windows that it lies in.
+//
+// Blocks run over (image, weight channel, tile of rows). A warp takes 64 pixels of one row, or whole
+// rows of up to 32 or 16 pixels.
 #pragma once
 
 #include "window.cuh"
 
 constexpr int PIXELS = 16;      // of one product
 constexpr int CHANNELS = 8;     // of one product
-constexpr int PRODUCTS = 4;     // of one warp: neighbours in a row
+constexpr int PRODUCTS = 4;     // of one warp: neighbours in a row, or in several
 constexpr int SEGMENT = PRODUCTS * PIXELS;
 
 template <int N>
 struct Constant {
     static constexpr int value = N;
 };
+
+// Calls with(Constant<vector>()) for a number of pixels chosen when the kernel is launched.
+template <int MOST, typename With>
+__device__ inline void with_vector(int vector, With with) {
+    if (MOST >= 8 && vector == 8) with(Constant<MOST >= 8 ? 8 : 4>());
+    else if (vector == 4) with(Constant<4>());
+    else if (vector == 2) with(Constant<2>());
+    else with(Constant<1>());
+}
+
+// How the work on one layer is dealt out; laid out as _DEAL in aggregation_mma.py.
+struct Deal {
+    Divisor tiles;            // of a plane
+    Divisor weight_channels;
+    Divisor segments;         // of a row
+    Divisor vectors;          // of the weights that a warp takes of one tap
+    Divisor units;            // of a staged line, of as many pixels as one copy moves
+    int rows;                 // of a tile
+    int step;                 // rows that the warps of a block take at once
+    int group;                // channels that share a weight
+    int pitch, plane_pitch;   // elements of a staged line, and of all lines of a channel
+};
+
+// The place of a warp: it takes rows `row`, `row` + deal.step and so on, TOGETHER at once.
+struct Task {
+    int lane, warp;
+    int n, weight_channel;
+    int top, bottom;  // the rows of the block's tile, the last one excluded
+    int row, begin;   // the warp's first row and column
+
+    __device__ Task(const Deal& deal, int height, int together) {
+        unsigned part = blockIdx.x, share = threadIdx.x / 32;
+        lane = threadIdx.x % 32;
+        warp = share;
+        top = deal.tiles.divide(part) * deal.rows;
+        bottom = min(top + deal.rows, height);
+        weight_channel = deal.weight_channels.divide(part);
+        n = part;
+        begin = deal.segments.divide(share) * SEGMENT;
+        row = top + share * together;
+    }
+};
+
+template <typename T>
+__device__ inline unsigned zero_extended(T value) {
+    return value.bits;
+}
+
+// Rounds two sums and writes them to two places.
+template <typename T>
+__device__ inline void write_pair(T* first, T* second, float one, float other) {
+    const unsigned packed = pack<T>(one, other);
+    first->bits = packed;
+    second->bits = packed >> 16;
+}
 
 // The elements of the band that one lane holds: of rows l / 4 and l / 4 + 8, in columns 2 * (l % 4)
 // and the next one modulo 8. Each lies on at most one diagonal, the same for both rows. The first
@@ -32,131 +90,135 @@ struct Band {
     int diagonal[2];   // 0 where there is none
     int block[2];      // the column is that modulo 8 plus 8 * block for row l / 4
     bool inside[2];
-    unsigned mask[2];  // keeps of a pair of columns what lies in block 0, and in block 1
+    unsigned kept[2];  // for __byte_perm: of a pair of elements, what lies in block 0, and in block 1
 
     __device__ explicit Band(int lane) {
         row = lane / 4;
-        mask[0] = mask[1] = 0;
+        kept[0] = kept[1] = 0x3232;  // the upper halves of zero-extended elements: zeros
 #pragma unroll
         for (int p = 0; p < 2; ++p) {
             const int apart = lane % 4 * 2 + p - row - SHIFT;
             block[p] = apart < -8 ? 2 : apart < 0 ? 1 : 0;
             diagonal[p] = apart + 8 * block[p];
             inside[p] = diagonal[p] < K && block[p] < 2;
-            const unsigned half = inside[p] ? p == 0 ? 0x0000ffffu : 0xffff0000u : 0;
-            mask[0] |= block[p] == 0 ? half : 0;
-            mask[1] |= block[p] == 1 ? half : 0;
+            const unsigned change = inside[p] ? p == 0 ? 0x3232 ^ 0x3210 : 0x3232 ^ 0x5432 : 0;
+            kept[0] ^= block[p] == 0 ? change : 0;
+            kept[1] ^= block[p] == 1 ? change : 0;
             if (!inside[p]) diagonal[p] = 0;
         }
+        forget_origin(kept[0]);
+        forget_origin(kept[1]);
     }
 
-    // Adds (band of weights) * (columns of 8 channels); weights of row l / 4, and of row l / 4 + 8.
+    // Adds (band of weights) * (columns of 8 channels). `low` points to the weight of row l / 4 in
+    // column 2 * (l % 4), `high` to that in the next one; those of row l / 4 + 8 lie 8 further on.
     template <typename T>
-    __device__ void multiply(float (&sums)[4], unsigned upper, unsigned lower,
+    __device__ void multiply(float (&sums)[4], const T* low, const T* high,
                              const unsigned (&columns)[4]) const {
-        Mma<T>::k16(sums, upper & mask[0], 0, upper & mask[1], lower & mask[0], columns[0],
-                    columns[1]);
-        Mma<T>::k8(sums, 0, lower & mask[1], columns[2]);
+        const unsigned upper[2] = {zero_extended(low[0]), zero_extended(high[0])};
+        const unsigned lower[2] = {zero_extended(low[8]), zero_extended(high[8])};
+        Mma<T>::k16(sums, __byte_perm(upper[0], upper[1], kept[0]), 0,
+                    __byte_perm(upper[0], upper[1], kept[1]),
+                    __byte_perm(lower[0], lower[1], kept[0]), columns[0], columns[1]);
+        Mma<T>::k8(sums, 0, __byte_perm(lower[0], lower[1], kept[1]), columns[2]);
     }
 };
-
-template <typename T>
-__device__ inline unsigned pair(T low, T high) {
-    return low.bits | static_cast<unsigned>(high.bits) << 16;
-}
 
 // Where a tile is staged: row i of plane g at data + g * plane_pitch + i * pitch, its pixels from
-// column `margin` on.
-template <typename T>
+// column MARGIN on.
+template <typename T, int MARGIN>
 struct Staged {
     T* data;
-    int margin, pitch, plane_pitch;
+    int pitch, plane_pitch;
+
+    __device__ Staged(void* shared, const Deal& deal)
+        : data(static_cast<T*>(shared)), pitch(deal.pitch), plane_pitch(deal.plane_pitch) {}
+
+    __device__ T* end() const { return data + CHANNELS * plane_pitch; }
+
+    // Where this lane's row of matrix l / 8 begins in a line: 8 columns of channel l % 8.
+    __device__ T* matrix_row(int lane, int line) const {
+        return data + lane % 8 * plane_pitch + lane / 8 * 8 + line * pitch;
+    }
+
+    // Starts copying `lines` rows of `group` planes, from row `first` on, C pixels at a time. Rows
+    // outside are reflected or zero; all other columns, and the planes from `group` on, are zero.
+    template <bool REFLECT, int C>
+    __device__ void copy(const T* planes, long long plane_stride, const Strides& strides,
+                         const Window& window, const Deal& deal, int first, int lines) const {
+        const unsigned at_once = deal.units.quotient(blockDim.x);
+        unsigned line = threadIdx.x;
+        const int unit = deal.units.divide(line), column = unit * C - MARGIN;
+        if (line >= at_once) return;
+        const bool in_row = column >= 0 && column < window.width;
+        for (; line < lines; line += at_once) {
+            const int y = source<REFLECT>(first + static_cast<int>(line), window.height);
+            // Rows below the last tile's windows are not used; they only must not be read.
+            const bool exists = in_row && y >= 0 && y < window.height;
+            const T* from = planes + (exists ? y * strides.h + column * strides.w : 0);
+            T* to = data + line * pitch + unit * C;
+#pragma unroll
+            for (int g = 0; g < CHANNELS; ++g, to += plane_pitch, from += plane_stride)
+                copy_or_clear<C>(to, from, exists && g < deal.group);
+        }
+    }
+
+    // The same with the number of pixels that these planes allow, chosen when the kernel is launched.
+    template <bool REFLECT>
+    __device__ void copy(int vector, const T* planes, long long plane_stride,
+                         const Strides& strides, const Window& window, const Deal& deal, int first,
+                         int lines) const {
+        with_vector<MARGIN>(vector, [&](auto v) {
+            copy<REFLECT, decltype(v)::value>(planes, plane_stride, strides, window, deal, first,
+                                              lines);
+        });
+    }
+
+    // Fills RADIUS columns on both sides of every line, once the lines have arrived.
+    template <int RADIUS>
+    __device__ void reflect_columns(int lines, int width) const {
+        for (int i = threadIdx.x; i < CHANNELS * lines; i += blockDim.x) {
+            T* row = data + i % CHANNELS * plane_pitch + i / CHANNELS * pitch + MARGIN;
+#pragma unroll
+            for (int k = 1; k <= RADIUS; ++k) {
+                row[-k] = row[k];
+                row[width - 1 + k] = row[width - 1 - k];
+            }
+        }
+    }
 };
 
-// Writes the columns beside a row that reflect V of its pixels.
-template <int RADIUS, int V, typename T>
-__device__ inline void reflect_columns(T* row, int column, int width, const Vector<T, V>& values) {
-    if constexpr (V > RADIUS) {
-#pragma unroll
-        for (int i = 0; i < RADIUS; ++i) {
-            if (column == 0) row[-1 - i] = values.at[1 + i];
-            if (column + V == width) row[width + i] = values.at[V - 2 - i];
-        }
-    } else if (column <= RADIUS || column + V >= width - RADIUS) {
-#pragma unroll
-        for (int e = 0; e < V; ++e)
-#pragma unroll
-            for (int which = 1; which < IMAGES<true>; ++which) {
-                int position;
-                if (image<true>(column + e, width, RADIUS, which, position))
-                    row[position] = values.at[e];
-            }
-    }
-}
+// The vectors of K pieces of up to SEGMENT elements, `plane` elements apart in global memory and
+// PITCH in shared memory, dealt out to a warp.
+template <int K, int V, int PITCH>
+struct Vectors {
+    static constexpr int MOST = (K * (SEGMENT / V) + 31) / 32;  // of a lane
+    int there[MOST], here[MOST], column[MOST];
+    bool mine[MOST];
 
-// Stages `lines` rows of `group` planes from row `first` on, V pixels at a time. Rows outside are
-// reflected or zero, and so are RADIUS columns on both sides; all other columns, and the planes from
-// `group` on, are 0.
-template <bool REFLECT, int RADIUS, int V, typename T>
-__device__ inline void stage_planes(const T* planes, long long plane_stride, const Strides& strides,
-                                    const Window& window, int group, int first, int lines,
-                                    const Staged<T>& staged) {
-    constexpr int AT_ONCE = V == 8 ? 4 : V == 4 ? 6 : 10;  // most tiles take one turn
-    constexpr int WIDEST = V < 4 ? V : 4;  // the margins are multiples of 4
-    const int width = window.width, vectors = width / V;
-    const int own_line = threadIdx.x / vectors, column = threadIdx.x % vectors * V;
-    const int at_once = blockDim.x / vectors, all_lines = group * lines;
-    const unsigned inverse = 65536 / lines + 1;  // i / lines == i * inverse >> 16 for these i
-    for (int begin = 0; begin < all_lines; begin += AT_ONCE * at_once) {
-        Vector<T, V> values[AT_ONCE];
-        int to[AT_ONCE];
+    // `vectors` is a piece's number of them.
+    __device__ Vectors(int lane, const Divisor& vectors, int plane) {
 #pragma unroll
-        for (int k = 0; k < AT_ONCE; ++k) {
-            const int index = begin + own_line + k * at_once, g = index * inverse >> 16;
-            const int line = index - g * lines;
-            const int y = source<REFLECT>(first + line, window.height);
-            to[k] = -1;
-            // Rows below the last tile's windows are not used; they only must not be read.
-            if (own_line >= at_once || index >= all_lines || y < 0 || y >= window.height) continue;
-            to[k] = g * staged.plane_pitch + line * staged.pitch + staged.margin;
-            const T* from = planes + g * plane_stride + y * strides.h + column * strides.w;
-            if (strides.w == 1)
-                values[k] = *reinterpret_cast<const Vector<T, V>*>(from);
-            else
-#pragma unroll
-                for (int e = 0; e < V; ++e) values[k].at[e] = from[e * strides.w];
-        }
-        if (begin == 0) {  // clears while the first loads are under way
-            auto* cleared = reinterpret_cast<Vector<T, 8>*>(staged.data);
-            for (int i = threadIdx.x; i < CHANNELS * staged.plane_pitch / 8; i += blockDim.x)
-                cleared[i] = {};
-            __syncthreads();
-        }
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; ++k) {
-            if (to[k] < 0) continue;
-            T* row = staged.data + to[k];
-#pragma unroll
-            for (int e = 0; e < V; e += WIDEST)
-                *reinterpret_cast<Vector<T, WIDEST>*>(row + column + e) =
-                    *reinterpret_cast<const Vector<T, WIDEST>*>(&values[k].at[e]);
-            if (REFLECT && RADIUS > 0) reflect_columns<RADIUS, V>(row, column, width, values[k]);
+        for (int k = 0; k < MOST; ++k) {
+            unsigned tap = lane + k * 32;
+            column[k] = vectors.divide(tap) * V;
+            there[k] = tap * plane + column[k];
+            here[k] = tap * PITCH + column[k];
+            if (tap >= K) column[k] = SEGMENT;
         }
     }
-    __syncthreads();
-}
 
-// The same with the vector that a row of these planes allows, chosen when the kernel is launched.
-template <bool REFLECT, int RADIUS, typename T>
-__device__ inline void stage_planes(int vector, const T* planes, long long plane_stride,
-                                    const Strides& strides, const Window& window, int group,
-                                    int first, int lines, const Staged<T>& staged) {
-    const auto stage = [&](auto v) {
-        stage_planes<REFLECT, RADIUS, decltype(v)::value>(planes, plane_stride, strides, window,
-                                                          group, first, lines, staged);
-    };
-    if (vector == 8) stage(Constant<8>());
-    else if (vector == 4) stage(Constant<4>());
-    else if (vector == 2) stage(Constant<2>());
-    else stage(Constant<1>());
-}
+    // Chooses the first `count` elements of each piece.
+    __device__ void choose(int count) {
+#pragma unroll
+        for (int k = 0; k < MOST; ++k) mine[k] = column[k] < count;
+    }
+
+    // Hands the places of this lane's chosen vectors to visit(in global, in shared memory).
+    template <typename Visit>
+    __device__ void visit(Visit visit) const {
+#pragma unroll
+        for (int k = 0; k < MOST; ++k)
+            if (mine[k]) visit(there[k], here[k]);
+    }
+};

@@ -1,6 +1,7 @@
 """What the kernels of windows have in common: structures, vector widths, grids."""
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from sanctl_ops.window import Window
 
 # As struct Window, struct Strides and struct Divisor in window.cuh.
-_WINDOW = np.dtype(
+WINDOW = np.dtype(
     [
         (name, np.int32)
         for name in (
@@ -23,15 +24,15 @@ _WINDOW = np.dtype(
         )
     ]
 )
-_STRIDES = np.dtype([(name, np.int64) for name in "nchw"])
-_DIVISOR = np.dtype([(name, np.uint32) for name in ("divisor", "multiplier", "shift")])
+STRIDES = np.dtype([(name, np.int64) for name in "nchw"])
+DIVISOR = np.dtype([(name, np.uint32) for name in ("divisor", "multiplier", "shift")])
 
 SAME_KERNEL_SIZES = (3, 5, 7)
 VECTOR_BYTES = 16
 WARP = 32
 
 
-def _structure(values: tuple[int, ...], layout: np.dtype) -> np.ndarray:
+def structure(values: tuple[Any, ...], layout: np.dtype) -> np.ndarray:
     """Return a structure as bytes: NumPy describes fields anew, in Python, at every launch."""
     return np.array(values, layout).view(f"V{layout.itemsize}")
 
@@ -41,12 +42,12 @@ def window_argument(window: Window, height: int, width: int) -> np.ndarray:
     """Return struct Window of `window` on planes of `height` x `width` pixels."""
     out_height, out_width = window.output_size(height, width)
     fields = (window.kernel_size, window.stride, window.padding, window.dilation)
-    return _structure((*fields, height, width, out_height, out_width), _WINDOW)
+    return structure((*fields, height, width, out_height, out_width), WINDOW)
 
 
 @cache
 def _strides(strides: tuple[int, ...]) -> np.ndarray:
-    return _structure(strides, _STRIDES)
+    return structure(strides, STRIDES)
 
 
 def strides_argument(x: Tensor) -> np.ndarray:
@@ -54,12 +55,17 @@ def strides_argument(x: Tensor) -> np.ndarray:
     return _strides(x.stride())
 
 
+def divisor(number: int) -> tuple[int, int, int]:
+    """Return the fields of struct Divisor of a number from 1 to 2**31."""
+    bits = (number - 1).bit_length()
+    multiplier = ((1 << 32) * ((1 << bits) - number)) // number + 1
+    return number, multiplier, max(bits - 1, 0)
+
+
 @cache
-def divisor_argument(divisor: int) -> np.ndarray:
+def divisor_argument(number: int) -> np.ndarray:
     """Return struct Divisor of a number from 1 to 2**31."""
-    bits = (divisor - 1).bit_length()
-    multiplier = ((1 << 32) * ((1 << bits) - divisor)) // divisor + 1
-    return _structure((divisor, multiplier, max(bits - 1, 0)), _DIVISOR)
+    return structure(divisor(number), DIVISOR)
 
 
 def reflects(window: Window) -> bool:

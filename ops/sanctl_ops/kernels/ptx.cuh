@@ -34,22 +34,72 @@ __device__ inline BFloat16 to_bfloat16(float x) {
     return narrowed;
 }
 
+// Two neighbours in memory, rounded by one instruction; `first` takes the lower half.
+template <typename T>
+__device__ inline unsigned pack(float first, float second);
+
+template <>
+__device__ inline unsigned pack<Half>(float first, float second) {
+    unsigned packed;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
+    return packed;
+}
+
+template <>
+__device__ inline unsigned pack<BFloat16>(float first, float second) {
+    unsigned packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
+    return packed;
+}
+
+// Makes the compiler forget how a value came about, so that it neither works it out anew where it is
+// used, nor works out ahead of a loop, in registers that there are not, all that is added to it there.
+__device__ inline void forget_origin(unsigned& value) { asm volatile("" : "+r"(value)); }
+
+__device__ inline void forget_origin(int& value) { asm volatile("" : "+r"(value)); }
+
+template <typename T>
+__device__ inline void forget_origin(const T*& pointer) {
+    asm volatile("" : "+l"(pointer));
+}
+
 __device__ inline unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies V elements to shared memory, not waiting for them where the hardware can do without.
+// Copies V elements, at least 4 bytes, to a shared address, not waiting for them.
+template <int V, typename T>
+__device__ inline void copy_async(unsigned to, const T* from) {
+    if (V * sizeof(T) == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from),
+                     "n"(V * sizeof(T))
+                     : "memory");
+}
+
+// The same, waiting for less than 4 bytes.
 template <int V, typename T>
 __device__ inline void copy_async(T* to, const T* from) {
-    if (V * sizeof(T) == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+    if constexpr (V * sizeof(T) >= 4) copy_async<V>(shared_address(to), from);
+    else *to = *from;
+}
+
+// The same, or zeros where nothing `exists` to be copied.
+template <int V, typename T>
+__device__ inline void copy_or_clear(T* to, const T* from, bool exists) {
+    constexpr int BYTES = V * sizeof(T);
+    const int bytes = exists ? BYTES : 0;
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+                     "l"(from), "r"(bytes)
                      : "memory");
-    else if (V * sizeof(T) >= 4)
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from),
-                     "n"(V * sizeof(T) >= 4 ? V * sizeof(T) : 4)
+    else if constexpr (BYTES >= 4)
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)),
+                     "l"(from), "n"(BYTES), "r"(bytes)
                      : "memory");
     else
-        *to = *from;
+        *to = exists ? *from : T{};
 }
 
 __device__ inline void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -66,6 +66,15 @@ inline unsigned __umulhi(unsigned a, unsigned b) {
     return static_cast<unsigned long long>(a) * b >> 32;
 }
 
+// Of the bytes of `high` and `low`, numbered 7 to 0, those that the digits of `selector` name.
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+    const unsigned long long bytes = static_cast<unsigned long long>(high) << 32 | low;
+    unsigned chosen = 0;
+    for (int i = 0; i < 4; ++i)
+        chosen |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return chosen;
+}
+
 inline float __uint_as_float(unsigned bits) {
     float value;
     memcpy(&value, &bits, sizeof value);

@@ -33,6 +33,17 @@ inline BFloat16 to_bfloat16(float x) {
     return {static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
+template <typename T>
+inline unsigned pack(float first, float second) {
+    if constexpr (std::is_same_v<T, Half>)
+        return to_half(first).bits | static_cast<unsigned>(to_half(second).bits) << 16;
+    else
+        return to_bfloat16(first).bits | static_cast<unsigned>(to_bfloat16(second).bits) << 16;
+}
+
+template <typename T>
+inline void forget_origin(T&) {}
+
 inline unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(static_cast<const char*>(pointer) -
                                  reinterpret_cast<const char*>(shared));
@@ -57,6 +68,17 @@ inline void copy_async(T* to, const T* from) {
     if (reinterpret_cast<size_t>(to) % BYTES || reinterpret_cast<size_t>(from) % BYTES)
         fail("a copy is not aligned");
     groups.back().push_back({to, from, BYTES});
+}
+
+template <int V, typename T>
+inline void copy_async(unsigned to, const T* from) {
+    copy_async<V>(reinterpret_cast<T*>(reinterpret_cast<char*>(shared) + to), from);
+}
+
+template <int V, typename T>
+inline void copy_or_clear(T* to, const T* from, bool exists) {
+    alignas(16) static const T zeros[V] = {};
+    copy_async<V>(to, exists ? from : zeros);
 }
 
 inline void end_group() { groups.emplace_back(); }
