@@ -17,7 +17,7 @@ from torch import Tensor
 import sanctl_ops
 from sanctl_ops import kernels
 from sanctl_ops.checks import DTYPES
-from sanctl_ops.kernels import aggregation_mma, geometry, runtime
+from sanctl_ops.kernels import geometry, runtime
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # Machine code, but not the fastest: that takes ten times as long.
@@ -25,7 +25,7 @@ QUICKLY = ("--Ofast-compile=max", "--split-compile=0")
 DECLARATION = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(([^)]*)\)")
 # What a parameter's C++ type takes.
 STRUCTURES = {
-    "Deal": aggregation_mma.DEAL,
+    "Deal": geometry.DEAL,
     "Divisor": geometry.DIVISOR,
     "Strides": geometry.STRIDES,
     "Window": geometry.WINDOW,

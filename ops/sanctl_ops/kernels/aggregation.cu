@@ -4,28 +4,26 @@
 // most 8 channels to a weight. Their blocks run over (image, weight channel, tile of rows); threads
 // own V neighbouring pixels of a row and serve all channels that share a weight, so that every
 // weight is read or written once. Weights are copied to shared memory ahead of their use.
+#include "staged_tile.cuh"
 #include "window_gradient.cuh"
 
-constexpr int CHANNELS = 8;   // that share a weight, at most: each keeps its sums in registers
 constexpr int THREADS = 224;  // of a block, at most: 16 rows of 14 vectors, or 8 of 28
 constexpr int GRADIENT_THREADS = 128;  // the same for the gradient of x, which takes more registers
 constexpr int STAGES = 2;     // rows of taps under way or in use
 
 struct Tile {
-    long long n;
-    int weight_channel, top;  // `top` is the first row of the tile
-    int row, column;          // this thread's row of the plane and the first of its V columns
-    bool active;              // whether that row is one of the plane
+    int n, weight_channel, top;  // `top` is the first row of the tile
+    int row, column;             // this thread's row of the plane and the first of its V columns
+    bool active;                 // whether that row is one of the tile and of the plane
 
-    __device__ Tile(int weight_channels, int tiles, int rows, int width, int height, int v) {
-        const long long part = blockIdx.x / tiles;
-        const int vectors = width / v;
-        n = part / weight_channels;
-        weight_channel = part % weight_channels;
-        top = blockIdx.x % tiles * rows;
-        row = top + threadIdx.x / vectors;
-        column = threadIdx.x % vectors * v;
-        active = threadIdx.x < rows * vectors && row < height;
+    __device__ Tile(const Deal& deal, int height, int v) {
+        unsigned part = blockIdx.x, line = threadIdx.x;
+        top = deal.tiles.divide(part) * deal.rows;
+        weight_channel = deal.weight_channels.divide(part);
+        n = part;
+        column = deal.vectors.divide(line) * v;
+        row = top + line;
+        active = line < deal.rows && row < height;
     }
 };
 
@@ -36,7 +34,10 @@ struct Ring {
 
     __device__ explicit Ring(void* shared) : own(static_cast<T*>(shared) + threadIdx.x * V) {}
 
-    static __device__ int elements() { return STAGES * K * blockDim.x * V; }
+    // What follows the rings of all threads.
+    static __device__ T* end(void* shared) {
+        return static_cast<T*>(shared) + STAGES * K * blockDim.x * V;
+    }
 
     __device__ T* at(int slot, int kx) const { return own + (slot * K + kx) * blockDim.x * V; }
 
@@ -48,7 +49,8 @@ struct Ring {
     }
 };
 
-// How the lines of a staged tile are laid out, for reads of V elements at a time.
+// How the lines of a staged tile are laid out, for reads of V elements at a time; _Line in
+// aggregation.py is the same.
 template <int K, int V>
 struct Line {
     static __device__ constexpr int vectors(int elements) { return (elements + V - 1) / V; }
@@ -60,93 +62,32 @@ struct Line {
     // What lies before the first tap in the vectors that a thread reads, and how many it reads.
     static constexpr int SKIPPED = MARGIN - K / 2;
     static constexpr int READ = vectors(V + K - 1 + SKIPPED);
-
-    static __device__ int pitch(int width) { return width - V + READ * V; }
 };
 
-// Writes what the margins of a staged row take from this thread's V pixels of it.
-template <bool REFLECT, int RADIUS, int V, typename A>
-__device__ inline void fill_margins(A* row, int column, int width, const A (&values)[V]) {
-    if (REFLECT && (column <= RADIUS || column + V >= width - RADIUS)) {
-#pragma unroll
-        for (int e = 0; e < V; ++e)
-#pragma unroll
-            for (int which = 1; which < IMAGES<REFLECT>; ++which) {
-                int position;
-                if (image<REFLECT>(column + e, width, RADIUS, which, position))
-                    row[position] = values[e];
-            }
-    }
-    if (!REFLECT)
-#pragma unroll
-        for (int i = 0; i < RADIUS; ++i) {
-            if (column == 0) row[-1 - i] = 0;
-            if (column + V == width) row[width + i] = 0;
-        }
-}
-
-// Copies lines of `group` planes, `lines` of each from row `first` on, into shared memory, at column
-// MARGIN of lines of `pitch` elements. Rows outside the plane are reflected or zero, and so are
-// RADIUS columns on both sides; planes from `group` to CHANNELS are zero, so that nobody needs to ask
-// how many there are. Threads own V columns, and have several loads under way before they wait for
-// the first.
-template <bool REFLECT, int RADIUS, int MARGIN, int V, typename T, typename A>
-__device__ inline void stage(const T* planes, long long plane_stride, const Strides& strides,
-                             const Window& window, int group, int first, int lines, int rows,
-                             int pitch, A* staged) {
-    constexpr int AT_ONCE = 6;
-    const int width = window.width, vectors = width / V;
-    const int own_line = threadIdx.x / vectors, column = threadIdx.x % vectors * V;
-    for (int begin = own_line; own_line < rows && begin < CHANNELS * lines;
-         begin += AT_ONCE * rows) {
-        A values[AT_ONCE][V];
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; ++k) {
-            const int index = begin + k * rows, g = index / lines;
-            const int y = source<REFLECT>(first + index - g * lines, window.height);
-#pragma unroll
-            for (int e = 0; e < V; ++e) values[k][e] = 0;
-            // Rows below the last tile's windows are not used; they only must not be read.
-            if (g < group && y >= 0 && y < window.height)
-                load_row<V>(planes + g * plane_stride + y * strides.h + column * strides.w,
-                            strides.w, values[k]);
-        }
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; ++k) {
-            if (begin + k * rows >= CHANNELS * lines) break;
-            A* row = staged + (begin + k * rows) * pitch + MARGIN;
-            if constexpr (MARGIN % V == 0)
-                store<V>(row + column, values[k]);
-            else
-#pragma unroll
-                for (int e = 0; e < V; ++e) row[column + e] = values[k][e];
-            fill_margins<REFLECT, RADIUS, V>(row, column, width, values[k]);
-        }
-    }
-}
-
 // What a row of K taps reads in V neighbouring windows: tap kx of window e at SKIPPED + kx + e.
-template <int K, int V, typename A>
-__device__ inline void read_staged(const A* line, A (&values)[Line<K, V>::READ * V]) {
+template <int K, int V, typename T>
+__device__ inline void read_staged(const T* line, computed_t<T> (&values)[Line<K, V>::READ * V]) {
 #pragma unroll
-    for (int part = 0; part < Line<K, V>::READ; ++part) {
-        const auto vector = *reinterpret_cast<const Vector<A, V>*>(line + part * V);
-#pragma unroll
-        for (int e = 0; e < V; ++e) values[part * V + e] = vector.at[e];
-    }
+    for (int part = 0; part < Line<K, V>::READ; ++part)
+        load<V>(line + part * V, *reinterpret_cast<computed_t<T>(*)[V]>(values + part * V));
 }
 
 template <typename T, bool REFLECT, int K, int V>
 __global__ void __launch_bounds__(THREADS)
     aggregation_same(const T* x, Strides sx, const T* w, T* out, Strides so, Window window,
-                     int weight_channels, int group, int tiles, int rows) {
+                     Deal deal, int x_vector) {
     using A = computed_t<T>;
+    using L = Line<K, V>;
     extern __shared__ double shared[];
-    const int width = window.width, height = window.height, plane = height * width;
-    const Tile tile(weight_channels, tiles, rows, width, height, V);
+    const int width = window.width, plane = window.height * width, lines = deal.rows + K - 1;
+    const Tile tile(deal, window.height, V);
     const Ring<T, K, V> ring(shared);
-    A* staged = reinterpret_cast<A*>(static_cast<T*>(static_cast<void*>(shared)) + ring.elements());
-    const T* weights = w + (tile.n * weight_channels + tile.weight_channel) * K * K * plane +
+    const Staged<T, L::MARGIN> staged(ring.end(shared), deal);
+    const long long shared_by = deal.weight_channels.divisor;  // apart are channels of one weight
+    staged.template copy<REFLECT>(x_vector, x + tile.n * sx.n + tile.weight_channel * sx.c,
+                                  shared_by * sx.c, sx, window, deal, tile.top - K / 2, lines);
+    end_group();
+    const T* weights = w + (tile.n * shared_by + tile.weight_channel) * K * K * plane +
                        tile.row * width + tile.column;
     const auto fetch = [&](int ky) {
         if (ky < K && tile.active)
@@ -155,16 +96,13 @@ __global__ void __launch_bounds__(THREADS)
     };
 #pragma unroll
     for (int ky = 0; ky < STAGES - 1; ++ky) fetch(ky);
-    const int pitch = Line<K, V>::pitch(width), lines = rows + K - 1;
-    stage<REFLECT, K / 2, Line<K, V>::MARGIN, V>(x + tile.n * sx.n + tile.weight_channel * sx.c,
-                             weight_channels * sx.c, sx, window, group, tile.top - K / 2, lines,
-                             rows, pitch, staged);
-    __syncthreads();
+    wait_for_groups<STAGES - 1>();
+    staged.template finish<REFLECT, K / 2>(lines, width);
     if (!tile.active) return;
     A sums[CHANNELS][V] = {};
-    const A* line = staged + (tile.row - tile.top) * pitch + tile.column;
+    const T* line = staged.data + (tile.row - tile.top) * staged.pitch + tile.column;
 #pragma unroll 1
-    for (int ky = 0; ky < K; ++ky) {
+    for (int ky = 0; ky < K; ++ky, line += staged.pitch) {
         fetch(ky + STAGES - 1);
         wait_for_groups<STAGES - 1>();
         A weight[K][V];
@@ -172,58 +110,61 @@ __global__ void __launch_bounds__(THREADS)
         for (int kx = 0; kx < K; ++kx) load<V>(ring.at(ky % STAGES, kx), weight[kx]);
 #pragma unroll
         for (int g = 0; g < CHANNELS; ++g) {
-            A values[Line<K, V>::READ * V];
-            read_staged<K, V>(line + (g * lines + ky) * pitch, values);
+            A values[L::READ * V];
+            read_staged<K, V>(line + g * staged.plane_pitch, values);
 #pragma unroll
             for (int kx = 0; kx < K; ++kx)
 #pragma unroll
-                for (int e = 0; e < V; ++e) sums[g][e] += weight[kx][e] * values[Line<K, V>::SKIPPED + kx + e];
+                for (int e = 0; e < V; ++e)
+                    sums[g][e] += weight[kx][e] * values[L::SKIPPED + kx + e];
         }
     }
     T* to = out + tile.n * so.n + tile.weight_channel * so.c + tile.row * so.h + tile.column * so.w;
 #pragma unroll
     for (int g = 0; g < CHANNELS; ++g)
-        if (g < group) store_row<V>(to + g * weight_channels * so.c, so.w, sums[g]);
+        if (g < deal.group) store_row<V>(to + g * shared_by * so.c, so.w, sums[g]);
 }
 
 template <typename T, bool REFLECT, int K, int V>
 __global__ void __launch_bounds__(THREADS)
     aggregation_weight_gradient_same(const T* grad, Strides sg, const T* x, Strides sx, T* grad_w,
-                                     Window window, int weight_channels, int group, int tiles,
-                                     int rows) {
+                                     Window window, Deal deal, int x_vector) {
     using A = computed_t<T>;
+    using L = Line<K, V>;
     extern __shared__ double shared[];
-    A* staged = reinterpret_cast<A*>(shared);
-    const int width = window.width, height = window.height, plane = height * width;
-    const Tile tile(weight_channels, tiles, rows, width, height, V);
+    const int width = window.width, plane = window.height * width, lines = deal.rows + K - 1;
+    const Tile tile(deal, window.height, V);
+    const Staged<T, L::MARGIN> staged(shared, deal);
+    const long long shared_by = deal.weight_channels.divisor;
+    staged.template copy<REFLECT>(x_vector, x + tile.n * sx.n + tile.weight_channel * sx.c,
+                                  shared_by * sx.c, sx, window, deal, tile.top - K / 2, lines);
+    end_group();
     A slopes[CHANNELS][V] = {};
     if (tile.active) {
         const T* from = grad + tile.n * sg.n + tile.weight_channel * sg.c + tile.row * sg.h +
                         tile.column * sg.w;
 #pragma unroll
         for (int g = 0; g < CHANNELS; ++g)
-            if (g < group) load_row<V>(from + g * weight_channels * sg.c, sg.w, slopes[g]);
+            if (g < deal.group) load_row<V>(from + g * shared_by * sg.c, sg.w, slopes[g]);
     }
-    const int pitch = Line<K, V>::pitch(width), lines = rows + K - 1;
-    stage<REFLECT, K / 2, Line<K, V>::MARGIN, V>(x + tile.n * sx.n + tile.weight_channel * sx.c,
-                             weight_channels * sx.c, sx, window, group, tile.top - K / 2, lines,
-                             rows, pitch, staged);
-    __syncthreads();
+    wait_for_groups<0>();
+    staged.template finish<REFLECT, K / 2>(lines, width);
     if (!tile.active) return;
-    T* to = grad_w + (tile.n * weight_channels + tile.weight_channel) * K * K * plane +
+    T* to = grad_w + (tile.n * shared_by + tile.weight_channel) * K * K * plane +
             tile.row * width + tile.column;
-    const A* line = staged + (tile.row - tile.top) * pitch + tile.column;
+    const T* line = staged.data + (tile.row - tile.top) * staged.pitch + tile.column;
 #pragma unroll 1
-    for (int ky = 0; ky < K; ++ky) {
+    for (int ky = 0; ky < K; ++ky, line += staged.pitch) {
         A sums[K][V] = {};
 #pragma unroll
         for (int g = 0; g < CHANNELS; ++g) {
-            A values[Line<K, V>::READ * V];
-            read_staged<K, V>(line + (g * lines + ky) * pitch, values);
+            A values[L::READ * V];
+            read_staged<K, V>(line + g * staged.plane_pitch, values);
 #pragma unroll
             for (int kx = 0; kx < K; ++kx)
 #pragma unroll
-                for (int e = 0; e < V; ++e) sums[kx][e] += slopes[g][e] * values[Line<K, V>::SKIPPED + kx + e];
+                for (int e = 0; e < V; ++e)
+                    sums[kx][e] += slopes[g][e] * values[L::SKIPPED + kx + e];
         }
 #pragma unroll
         for (int kx = 0; kx < K; ++kx)
@@ -234,17 +175,19 @@ __global__ void __launch_bounds__(THREADS)
 template <typename T, bool REFLECT, int K, int V>
 __global__ void __launch_bounds__(GRADIENT_THREADS, 3)
     aggregation_input_gradient_same(const T* grad, Strides sg, const T* w, T* grad_x, Strides sx,
-                                    Window window, int weight_channels, int group, int tiles,
-                                    int rows) {
+                                    Window window, Deal deal, int grad_vector) {
     using A = computed_t<T>;
     extern __shared__ double shared[];
     const int width = window.width, height = window.height, plane = height * width;
-    const int lines = rows + K - 1;
-    const Tile tile(weight_channels, tiles, rows, width, height, V);
+    const Tile tile(deal, height, V);
     const Ring<T, K, V> ring(shared);
-    A* staged = reinterpret_cast<A*>(static_cast<T*>(static_cast<void*>(shared)) + ring.elements());
-    const T* weights =
-        w + (tile.n * weight_channels + tile.weight_channel) * K * K * plane + tile.column;
+    const Staged<T, 0> staged(ring.end(shared), deal);
+    const long long shared_by = deal.weight_channels.divisor;
+    staged.template copy<false>(grad_vector, grad + tile.n * sg.n + tile.weight_channel * sg.c,
+                                shared_by * sg.c, sg, window, deal, tile.top - K / 2,
+                                deal.rows + K - 1);
+    end_group();
+    const T* weights = w + (tile.n * shared_by + tile.weight_channel) * K * K * plane + tile.column;
     // The rows of windows with a tap on this row, one (reflection, tap row) after the other.
     int which = 0, ky = -1, position = tile.row;
     bool more = tile.active;
@@ -267,18 +210,17 @@ __global__ void __launch_bounds__(GRADIENT_THREADS, 3)
         return row;
     };
     int row = fetch_next(0);
-    stage<false, 0, 0, V>(grad + tile.n * sg.n + tile.weight_channel * sg.c, weight_channels * sg.c, sg,
-                       window, group, tile.top - K / 2, lines, rows, width, staged);
+    wait_for_groups<STAGES - 1>();
     __syncthreads();
     A sums[CHANNELS][V + K - 1] = {};
 #pragma unroll 1
     for (int slot = 0; row >= 0; slot ^= 1) {
         const int next = fetch_next(slot ^ 1);
         wait_for_groups<STAGES - 1>();
-        const A* line = staged + (row - tile.top + K / 2) * width + tile.column;
+        const T* line = staged.data + (row - tile.top + K / 2) * staged.pitch + tile.column;
         A slopes[CHANNELS][V];
 #pragma unroll
-        for (int g = 0; g < CHANNELS; ++g) load<V>(line + g * lines * width, slopes[g]);
+        for (int g = 0; g < CHANNELS; ++g) load<V>(line + g * staged.plane_pitch, slopes[g]);
 #pragma unroll
         for (int kx = 0; kx < K; ++kx) {
             A weight[V];
@@ -292,14 +234,15 @@ __global__ void __launch_bounds__(GRADIENT_THREADS, 3)
     }
     __syncthreads();  // from here on, the staged rows make way for sums
     const int joined = joined_pitch<K, V>(width);
-    join_columns<REFLECT, K, V, CHANNELS>(sums, staged + (tile.row - tile.top) * joined,
-                                          rows * joined, tile.column, width, tile.active);
+    join_columns<REFLECT, K, V, CHANNELS>(
+        sums, reinterpret_cast<A*>(staged.data) + (tile.row - tile.top) * joined,
+        deal.rows * joined, tile.column, width, tile.active);
     if (!tile.active) return;
     T* to = grad_x + tile.n * sx.n + tile.weight_channel * sx.c + tile.row * sx.h +
             tile.column * sx.w;
 #pragma unroll
     for (int g = 0; g < CHANNELS; ++g)
-        if (g < group) store_row<V>(to + g * weight_channels * sx.c, sx.w, sums[g]);
+        if (g < deal.group) store_row<V>(to + g * shared_by * sx.c, sx.w, sums[g]);
 }
 
 // The kernels below take any windows and strides; a thread for every element of the result.

@@ -6,10 +6,12 @@ from torch import Tensor
 
 from sanctl_ops.kernels import aggregation_mma
 from sanctl_ops.kernels.geometry import (
+    deal_argument,
     joined_pitch,
     reflects,
     rows_of_tile,
     same_kernel_size,
+    staged_vector,
     strides_argument,
     threads_for,
     vector_width,
@@ -21,7 +23,7 @@ from sanctl_ops.window import Window, accumulation_dtype
 SOURCE = "aggregation.cu"
 THREADS = 256
 
-# As in aggregation.cu.
+# As in staged_tile.cuh and aggregation.cu.
 CHANNELS = 8
 SAME_THREADS = 224
 GRADIENT_THREADS = 128
@@ -34,8 +36,8 @@ def forward(window: Window, x: Tensor, w: Tensor, out: Tensor) -> None:
     result = (out, strides_argument(out))
     if aggregation_mma.forward(window, x, w, out):
         return
-    plan = _plan(window, SAME_THREADS, w, x, out)
-    if plan and plan.launch("aggregation_same", (*planes, *result), plan.ring + plan.windows):
+    plan = _plan(window, SAME_THREADS, w, x, out, reads_windows=True)
+    if plan and plan.launch("aggregation_same", (*planes, *result), plan.ring + plan.staged):
         return
     arguments = (*planes, strides_argument(w), *result)
     _launch_any("aggregation", window, x, w.shape[3], arguments, (x.shape[1], w.shape[1]))
@@ -46,8 +48,8 @@ def weight_gradient(window: Window, grad: Tensor, x: Tensor, grad_w: Tensor) -> 
     planes = (grad, strides_argument(grad), x, strides_argument(x), grad_w)
     if aggregation_mma.weight_gradient(window, grad, x, grad_w):
         return
-    plan = _plan(window, SAME_THREADS, grad_w, x, grad)
-    if plan and plan.launch("aggregation_weight_gradient_same", planes, plan.windows):
+    plan = _plan(window, SAME_THREADS, grad_w, x, grad, reads_windows=True)
+    if plan and plan.launch("aggregation_weight_gradient_same", planes, plan.staged):
         return
     _, weight_channels, taps, windows = grad_w.shape
     counts = (weight_channels, x.shape[1] // weight_channels)
@@ -61,8 +63,8 @@ def input_gradient(window: Window, grad: Tensor, w: Tensor, grad_x: Tensor) -> N
     result = (grad_x, strides_argument(grad_x))
     if aggregation_mma.input_gradient(window, grad, w, grad_x):
         return
-    plan = _plan(window, GRADIENT_THREADS, w, grad, grad_x)
-    shared = plan.ring + max(plan.rows_around, plan.joined) if plan else 0
+    plan = _plan(window, GRADIENT_THREADS, w, grad, grad_x, reads_windows=False)
+    shared = plan.ring + max(plan.staged, plan.joined) if plan else 0
     if plan and plan.launch("aggregation_input_gradient_same", (*planes, *result), shared):
         return
     arguments = (*planes, strides_argument(w), *result)
@@ -93,8 +95,42 @@ def _launch_any(
 
 
 @dataclass(frozen=True)
+class _Line:
+    """A line of staged pixels, as struct Line in aggregation.cu lays it out.
+
+    Attributes:
+        margin: elements before the first pixel.
+        pitch: elements of the line.
+    """
+
+    margin: int
+    pitch: int
+
+    @classmethod
+    def read_by(cls, kernel_size: int, width: int, vector: int) -> "_Line":
+        """Return the line that threads read for windows of `vector` neighbouring pixels."""
+        radius, taps = kernel_size // 2, vector + kernel_size - 1
+        whole = -(-radius // vector) * vector
+        free = -(-(taps + whole - radius) // vector) == -(-taps // vector)
+        margin = whole if free else radius
+        read = -(-(taps + margin - radius) // vector) * vector
+        return cls(margin, width - vector + read)
+
+
+@dataclass(frozen=True)
 class _Plan:
-    """How a kernel `*_same` deals out the work on planes like x."""
+    """How a kernel `*_same` deals out the work on planes like x, which it stages.
+
+    Attributes:
+        window: the windows.
+        x: the planes.
+        kernel_size: K.
+        vector: neighbouring pixels that a thread owns.
+        weight_channels: channels of the weights.
+        group: channels that share a weight.
+        rows: rows of a tile.
+        line: a staged line.
+    """
 
     window: Window
     x: Tensor
@@ -103,9 +139,11 @@ class _Plan:
     weight_channels: int
     group: int
     rows: int
+    line: _Line
 
     @property
     def threads(self) -> int:
+        """Threads of a block."""
         return threads_for(self.rows * self.x.shape[3] // self.vector, SAME_THREADS)
 
     @property
@@ -114,16 +152,10 @@ class _Plan:
         return STAGES * self.kernel_size * self.threads * self.vector * self.x.itemsize
 
     @property
-    def windows(self) -> int:
-        """Bytes of the pixels that the windows of a tile read."""
-        # A bound on Line::pitch: what the last thread reads, V at a time.
-        beyond = self.kernel_size - 1 + self.vector - 1
-        return self._lines(self.x.shape[3] + -(-beyond // self.vector) * self.vector)
-
-    @property
-    def rows_around(self) -> int:
-        """Bytes of the pixels of the rows whose windows reach a tile."""
-        return self._lines(self.x.shape[3])
+    def staged(self) -> int:
+        """Bytes of the staged lines."""
+        lines = CHANNELS * (self.rows + self.kernel_size - 1)
+        return lines * self.line.pitch * self.x.itemsize
 
     @property
     def joined(self) -> int:
@@ -131,39 +163,58 @@ class _Plan:
         pitch = joined_pitch(self.x.shape[3], self.kernel_size, self.vector)
         return CHANNELS * self.rows * pitch * accumulation_dtype(self.x.dtype).itemsize
 
-    def _lines(self, elements: int) -> int:
-        lines = CHANNELS * (self.rows + self.kernel_size - 1)
-        return lines * elements * accumulation_dtype(self.x.dtype).itemsize
-
     def launch(self, name: str, planes: tuple[Argument, ...], shared_bytes: int) -> bool:
         """Launch a kernel; return False if it takes more shared memory than there is."""
         if shared_bytes > MOST_SHARED_BYTES:
             return False
-        dtype = self.x.dtype
         batch, _, height, width = self.x.shape
         tiles = -(-height // self.rows)
-        geometry = window_argument(self.window, height, width)
+        whole = self.line.margin % self.vector == 0
+        staged = staged_vector(self.x, self.vector) if whole else 1
+        deal = deal_argument(
+            tiles,
+            self.weight_channels,
+            width // self.vector,
+            self.line.pitch // staged,
+            rows=self.rows,
+            group=self.group,
+            pitch=self.line.pitch,
+            plane_pitch=(self.rows + self.kernel_size - 1) * self.line.pitch,
+        )
+        instance = (self.x.dtype, reflects(self.window), self.kernel_size, self.vector)
         launch(
-            kernel(SOURCE, name, dtype, reflects(self.window), self.kernel_size, self.vector),
+            kernel(SOURCE, name, *instance),
             self.x.device,
             batch * self.weight_channels * tiles,
             self.threads,
-            (*planes, geometry, self.weight_channels, self.group, tiles, self.rows),
+            (*planes, window_argument(self.window, height, width), deal, staged),
             shared_bytes,
         )
         return True
 
 
-def _plan(window: Window, most_threads: int, w: Tensor, *planes: Tensor) -> _Plan | None:
-    """Return how a kernel `*_same` takes these tensors, or None where it does not."""
+def _plan(
+    window: Window, most_threads: int, w: Tensor, x: Tensor, other: Tensor, reads_windows: bool
+) -> _Plan | None:
+    """Return how a kernel `*_same` takes these tensors, or None where it does not.
+
+    Args:
+        window: the windows.
+        most_threads: threads of a block, at most.
+        w: the weights or their gradient.
+        x: what it stages.
+        other: what it reads or writes beside these.
+        reads_windows: whether it reads windows of x, or x alone.
+    """
     size = same_kernel_size(window)
-    group = planes[0].shape[1] // w.shape[1]
+    group = x.shape[1] // w.shape[1]
     if not size or not w.is_contiguous() or group > CHANNELS:
         return None
-    height, width = planes[0].shape[2:]
-    vector = vector_width(width, w, *planes)
+    height, width = x.shape[2:]
+    vector = vector_width(width, w, x, other)
     vectors = width // vector
     if vectors > most_threads:
         return None
     rows = rows_of_tile(height, vectors, most_threads)
-    return _Plan(window, planes[0], size, vector, w.shape[1], group, rows)
+    line = _Line.read_by(size, width, vector) if reads_windows else _Line(0, width)
+    return _Plan(window, x, size, vector, w.shape[1], group, rows, line)

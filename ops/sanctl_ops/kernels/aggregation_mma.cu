@@ -58,17 +58,17 @@ __device__ inline void write_pixels(const T* from, int lane, int count, int grou
     }
 }
 
-// `out` is dense, contiguous or channels_last.
+// The warps of a block take `step` rows at once. `out` is dense, contiguous or channels_last.
 template <typename T, bool REFLECT, int K, int V, int TOGETHER>
 __global__ void __launch_bounds__(THREADS<TOGETHER>, BLOCKS<TOGETHER>)
     aggregation_mma(const T* x, Strides sx, const T* w, T* out, Strides so, Window window, Deal deal,
-                    int x_vector, int out_vector) {
+                    Divisor segments, int step, int x_vector, int out_vector) {
     using R = Ring<K>;
     extern __shared__ double shared[];
     const Staged<T, MARGIN> staged(shared, deal);
     const int width = window.width, plane = window.height * width;
     const int lines = deal.rows + K - 1;
-    Task task(deal, window.height, TOGETHER);
+    Task task(deal, segments, window.height, TOGETHER);
     staged.template copy<REFLECT>(x_vector, x + task.n * sx.n + task.weight_channel * sx.c,
                                   deal.weight_channels.divisor * sx.c, sx, window, deal,
                                   task.top - K / 2, lines);
@@ -96,24 +96,20 @@ __global__ void __launch_bounds__(THREADS<TOGETHER>, BLOCKS<TOGETHER>)
 #pragma unroll
     for (int ky = 0; ky < R::AHEAD; ++ky) fetch(ky);
     wait_for_groups<R::AHEAD>();
-    __syncthreads();
-    if (REFLECT) {
-        staged.template reflect_columns<K / 2>(lines, width);
-        __syncthreads();
-    }
+    staged.template finish<REFLECT, K / 2>(lines, width);
     const Band<K, MARGIN - K / 2> band(task.lane);
     const T* low = ring + band.row + band.diagonal[0] * WEIGHT_PITCH;
     const T* high = ring + band.row + band.diagonal[1] * WEIGHT_PITCH;
 #pragma unroll 1
-    for (; task.row < task.bottom; task.row += deal.step) {
+    for (; task.row < task.bottom; task.row += step) {
         unsigned line =
-            shared_address(staged.matrix_row(task.lane, task.row - task.top) + task.begin);
+            shared_address(matrix_row(staged, task.lane, task.row - task.top) + task.begin);
         float sums[PRODUCTS][4] = {};
 #pragma unroll
         for (int ky = 0; ky < K; ++ky, line += staged.pitch * sizeof(T)) {
             if (ky + R::AHEAD == K) {
-                vectors.choose(pixels_of(task.row + deal.step));
-                weights += deal.step * width - K * K * plane;
+                vectors.choose(pixels_of(task.row + step));
+                weights += step * width - K * K * plane;
             }
             wait_for_groups<R::AHEAD - 1>();
             __syncwarp();
@@ -185,14 +181,15 @@ struct Slopes {
 template <typename T, bool REFLECT, int K, int V, int TOGETHER>
 __global__ void __launch_bounds__(THREADS<TOGETHER>, BLOCKS<TOGETHER>)
     aggregation_weight_gradient_mma(const T* grad, Strides sg, const T* x, Strides sx, T* grad_w,
-                                    Window window, Deal deal, int x_vector, int grad_vector) {
+                                    Window window, Deal deal, Divisor segments, int step,
+                                    int x_vector, int grad_vector) {
     constexpr int PER_ROW = PRODUCTS / TOGETHER;
     constexpr int TAPS = (K + 1) * WEIGHT_PITCH;  // the last piece is for what is on no diagonal
     extern __shared__ double shared[];
     const Staged<T, MARGIN> staged(shared, deal);
     const int width = window.width, plane = window.height * width;
     const int lines = deal.rows + K - 1;
-    Task task(deal, window.height, TOGETHER);
+    Task task(deal, segments, window.height, TOGETHER);
     staged.template copy<REFLECT>(x_vector, x + task.n * sx.n + task.weight_channel * sx.c,
                                   deal.weight_channels.divisor * sx.c, sx, window, deal,
                                   task.top - K / 2, lines);
@@ -213,11 +210,7 @@ __global__ void __launch_bounds__(THREADS<TOGETHER>, BLOCKS<TOGETHER>)
     };
     fetch_slopes(task.row);
     wait_for_groups<1>();
-    __syncthreads();
-    if (REFLECT) {
-        staged.template reflect_columns<K / 2>(lines, width);
-        __syncthreads();
-    }
+    staged.template finish<REFLECT, K / 2>(lines, width);
     const Band<K, MARGIN - K / 2> band(task.lane);
     Vectors<K, V, WEIGHT_PITCH> vectors(task.lane, deal.vectors, plane);
     const long long images_before = task.n * deal.weight_channels.divisor + task.weight_channel;
@@ -230,18 +223,18 @@ __global__ void __launch_bounds__(THREADS<TOGETHER>, BLOCKS<TOGETHER>)
     for (int b = 0; b < PER_ROW * 2; ++b)
         fits[b / 2][b % 2] = TOGETHER == 1 || b * 8 + band.row < width;
 #pragma unroll 1
-    for (; task.row < task.bottom; task.row += deal.step) {
+    for (; task.row < task.bottom; task.row += step) {
         unsigned pixels[PRODUCTS][2];
         wait_for_groups<0>();
         __syncwarp();
         slopes.load(task.lane, pixels);
         __syncwarp();
-        fetch_slopes(task.row + deal.step);
+        fetch_slopes(task.row + step);
         const int rows = min(TOGETHER, task.bottom - task.row);
         vectors.choose(TOGETHER > 1 ? rows * width : min(SEGMENT, width - task.begin));
         T* to = grad_w + images_before * K * K * plane + task.row * width + task.begin;
         unsigned line =
-            shared_address(staged.matrix_row(task.lane, task.row - task.top) + task.begin);
+            shared_address(matrix_row(staged, task.lane, task.row - task.top) + task.begin);
 #pragma unroll 1
         for (int ky = 0; ky < K; ++ky, line += staged.pitch * sizeof(T), to += K * plane) {
             T* row_of_taps = taps + ky % 2 * TAPS;

@@ -1,22 +1,19 @@
 """Launches of aggregation_mma.cu and aggregation_mma_input.cu: 16-bit values on tensor cores."""
 
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sanctl_ops.kernels.geometry import (
-    DIVISOR,
     WARP,
-    divisor,
+    deal_argument,
     divisor_argument,
     reflects,
     same_kernel_size,
+    staged_vector,
     strides_argument,
-    structure,
-    vector_width,
     window_argument,
 )
 from sanctl_ops.kernels.runtime import MOST_SHARED_BYTES, Argument, Kernel, kernel, launch
@@ -33,7 +30,7 @@ MOST_WARPS = {1: 8, 2: 8, 4: 4}
 INPUT_MOST_WARPS = {1: 16, 2: 16, 4: 4}
 PASSES = 2  # times that a warp takes rows, at most
 
-# As in banded_mma.cuh.
+# As in staged_tile.cuh and banded_mma.cuh.
 CHANNELS = 8
 PIXELS = 16
 PRODUCTS = 4
@@ -49,12 +46,6 @@ INPUT_MARGIN = 8
 INPUT_STAGES = 3
 BEYOND = 72
 INPUT_PRODUCTS = {1: PRODUCTS, 2: 3, 4: 2}
-
-# As struct Deal in banded_mma.cuh.
-DEAL = np.dtype(
-    [(name, DIVISOR) for name in ("tiles", "weight_channels", "segments", "vectors", "units")]
-    + [(name, np.int32) for name in ("rows", "step", "group", "pitch", "plane_pitch")]
-)
 
 
 @dataclass(frozen=True)
@@ -114,7 +105,7 @@ def forward(window: Window, x: Tensor, w: Tensor, out: Tensor) -> bool:
     ring = max(slots * size, AHEAD * size + CHANNELS) * WEIGHT_PITCH
     out_vector = _vector(out, tiles.pieces, INPUT_VECTORS) if out.stride(3) == 1 else None
     planes = (x, strides_argument(x), w, out, strides_argument(out))
-    vectors = (_staged_vector(x, MARGIN), out_vector or 1)
+    vectors = (staged_vector(x, MARGIN), out_vector or 1)
     return _launch_windows("aggregation_mma", window, tiles, x, w, planes, vectors, ring)
 
 
@@ -123,7 +114,7 @@ def weight_gradient(window: Window, grad: Tensor, x: Tensor, grad_w: Tensor) -> 
     tiles = _window_tiles(window, x)
     own = (CHANNELS + 2 * (window.kernel_size + 1)) * WEIGHT_PITCH
     planes = (grad, strides_argument(grad), x, strides_argument(x), grad_w)
-    vectors = (_staged_vector(x, MARGIN), _staged_vector(grad, 8))
+    vectors = (staged_vector(x, MARGIN), staged_vector(grad, 8))
     name = "aggregation_weight_gradient_mma"
     return _launch_windows(name, window, tiles, x, grad_w, planes, vectors, own)
 
@@ -148,17 +139,24 @@ def _launch_windows(
 ) -> bool:
     """Launch a kernel whose warps have `own` elements of shared memory each."""
     weights = _vector(w, tiles.pieces, VECTORS)
-    if weights is None or not _fits(window, tiles, x, w, vectors[0]):
+    if weights is None or not _fits(window, tiles, x, w):
         return False
     piece = min(SEGMENT, tiles.together * tiles.width)
-    deal = _deal(tiles, *_channels(x, w), -(-piece // weights), vectors[0])
+    deal = _deal(tiles, x, w, -(-piece // weights), vectors[0])
     parameters = (x.dtype, reflects(window), window.kernel_size, weights, tiles.together)
     return _launch(
         kernel(SOURCE, name, *parameters),
         tiles,
         x,
         w,
-        (*planes, window_argument(window, tiles.height, tiles.width), deal, *vectors),
+        (
+            *planes,
+            window_argument(window, tiles.height, tiles.width),
+            deal,
+            divisor_argument(tiles.segments),
+            tiles.step,
+            *vectors,
+        ),
         CHANNELS * tiles.plane_pitch + tiles.warps * own,
     )
 
@@ -170,10 +168,10 @@ def input_gradient(window: Window, grad: Tensor, w: Tensor, grad_x: Tensor) -> b
     together = next(n for n in (4, 2, 1) if INPUT_PRODUCTS[n] * PIXELS >= padded or n == 1)
     # The line beyond the tile stays zero.
     tiles = _cut(grad, padded, together, INPUT_MOST_WARPS[together], 1, size)
-    staged = _staged_vector(grad, INPUT_MARGIN)
+    staged = staged_vector(grad, INPUT_MARGIN)
     pieces = (height * width,) if tiles.count == 1 else (height * width, width)
     weights = _vector(w, pieces, INPUT_VECTORS)
-    if weights is None or not _fits(window, tiles, grad, w, staged):
+    if weights is None or not _fits(window, tiles, grad, w):
         return False
     reach = size // 2 if tiles.rows > size // 2 else size - 1
     rows_of_weights = min(height, tiles.rows + reach)
@@ -182,12 +180,13 @@ def input_gradient(window: Window, grad: Tensor, w: Tensor, grad_x: Tensor) -> b
     ring = INPUT_STAGES * (size * tap_pitch + BEYOND)
     columns = max(INPUT_PRODUCTS[together] * PIXELS, tiles.segments * SEGMENT)
     sums = -(-tiles.rows // together) * together * CHANNELS * (columns + 4) * 4 // w.itemsize
-    out_vector = _staged_vector(grad_x, 8)
-    deal = _deal(tiles, *_channels(grad, w), 1, staged)
+    out_vector = staged_vector(grad_x, 8)
+    deal = _deal(tiles, grad, w, 1, staged)
     parameters = (grad.dtype, reflects(window), size, weights, together)
     planes = (grad, strides_argument(grad), w, grad_x, strides_argument(grad_x))
     written = divisor_argument(width // out_vector)
-    shape = (window_argument(window, height, width), deal, written)
+    segments = divisor_argument(tiles.segments)
+    shape = (window_argument(window, height, width), deal, segments, written)
     return _launch(
         kernel(INPUT_SOURCE, "aggregation_input_gradient_mma", *parameters),
         tiles,
@@ -215,14 +214,15 @@ def _cut(
     segments = -(-columns // SEGMENT)
     at_once = max(1, most_warps // segments) * together
     passes = min(passes, -(-height // at_once))
-    rows = -(-height // -(-height // (at_once * passes)))
+    tiles = -(-height // (at_once * passes))
+    rows = -(-height // tiles)
     step = -(-rows // (passes * together)) * together
     pitch = -(-columns // PIXELS) * PIXELS + PIXELS
     return _Tiles(height, width, together, segments, rows, step, rows + more_lines, pitch)
 
 
-def _fits(window: Window, tiles: _Tiles, x: Tensor, w: Tensor, staged: int) -> bool:
-    """Tell whether the kernels take planes x with weights w, staged so many pixels at a time."""
+def _fits(window: Window, tiles: _Tiles, x: Tensor, w: Tensor) -> bool:
+    """Tell whether the kernels take planes x with weights w."""
     _, group = _channels(x, w)
     return (
         same_kernel_size(window) > 0
@@ -230,7 +230,6 @@ def _fits(window: Window, tiles: _Tiles, x: Tensor, w: Tensor, staged: int) -> b
         and w.is_contiguous()
         and group <= CHANNELS
         and tiles.segments <= MOST_WARPS[1]
-        and tiles.pitch // staged <= tiles.warps * WARP
         and window.taps * w.shape[3] < 2**31
     )
 
@@ -238,11 +237,6 @@ def _fits(window: Window, tiles: _Tiles, x: Tensor, w: Tensor, staged: int) -> b
 def _channels(x: Tensor, w: Tensor) -> tuple[int, int]:
     """Return the channels of the weights, and how many of x share one."""
     return w.shape[1], x.shape[1] // w.shape[1]
-
-
-def _staged_vector(x: Tensor, widest: int) -> int:
-    """Return how many pixels of a row one copy of these planes may move."""
-    return vector_width(x.shape[3], x, widest=widest) if x.stride(3) == 1 else 1
 
 
 def _vector(x: Tensor, pieces: tuple[int, ...], vectors: tuple[int, ...]) -> int | None:
@@ -254,12 +248,19 @@ def _vector(x: Tensor, pieces: tuple[int, ...], vectors: tuple[int, ...]) -> int
     return None
 
 
-@cache
-def _deal(tiles: _Tiles, weight_channels: int, group: int, vectors: int, staged: int) -> np.ndarray:
-    """Return struct Deal, with so many accesses to the weights of a tap, and pixels of a copy."""
-    numbers = (tiles.count, weight_channels, tiles.segments, vectors, tiles.pitch // staged)
-    sizes = (tiles.rows, tiles.step, group, tiles.pitch, tiles.plane_pitch)
-    return structure((*map(divisor, numbers), *sizes), DEAL)
+def _deal(tiles: _Tiles, x: Tensor, w: Tensor, vectors: int, staged: int) -> np.ndarray:
+    """Return struct Deal, for so many accesses to the weights of a tap and pixels of a copy."""
+    weight_channels, group = _channels(x, w)
+    return deal_argument(
+        tiles.count,
+        weight_channels,
+        vectors,
+        tiles.pitch // staged,
+        rows=tiles.rows,
+        group=group,
+        pitch=tiles.pitch,
+        plane_pitch=tiles.plane_pitch,
+    )
 
 
 def _launch(

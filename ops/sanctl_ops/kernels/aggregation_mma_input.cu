@@ -86,13 +86,14 @@ __device__ inline void write_joined(const float* line, int column, int width, T*
 template <typename T, bool REFLECT, int K, int V, int TOGETHER>
 __global__ void __launch_bounds__(THREADS<TOGETHER>, BLOCKS<TOGETHER>)
     aggregation_input_gradient_mma(const T* grad, Strides sg, const T* w, T* grad_x, Strides sx,
-                                   Window window, Deal deal, Divisor written, int grad_vector,
-                                   int out_vector, int tap_pitch, int ring_elements) {
+                                   Window window, Deal deal, Divisor segments, Divisor written,
+                                   int grad_vector, int out_vector, int tap_pitch,
+                                   int ring_elements) {
     constexpr int R = K / 2, SHIFT = MARGIN - 2 * R, WIDE = PER_ROW<TOGETHER>;
     extern __shared__ double shared[];
     const Staged<T, MARGIN> staged(shared, deal);
     const int width = window.width, height = window.height, lines = deal.rows + K - 1;
-    const Task task(deal, height, TOGETHER);
+    const Task task(deal, segments, height, TOGETHER);
     staged.template copy<false>(grad_vector, grad + task.n * sg.n + task.weight_channel * sg.c,
                                 deal.weight_channels.divisor * sg.c, sg, window, deal, task.top - R,
                                 lines);
@@ -113,7 +114,7 @@ __global__ void __launch_bounds__(THREADS<TOGETHER>, BLOCKS<TOGETHER>)
         end_group();
     }
     const Band<K, SHIFT> band(task.lane);
-    unsigned data = shared_address(staged.matrix_row(task.lane, 0) + task.begin);
+    unsigned data = shared_address(matrix_row(staged, task.lane, 0) + task.begin);
     // Diagonal d of the transposed band holds tap K - 1 - d, of column row + d.
     const int at = MARGIN - 2 * R + task.begin + band.row;
     int low = (K - 1 - band.diagonal[0]) * tap_pitch + band.diagonal[0] + at;
@@ -160,10 +161,9 @@ __global__ void __launch_bounds__(THREADS<TOGETHER>, BLOCKS<TOGETHER>)
                     add(i, row, true);
             }
     }
-    __syncthreads();  // from here on, sums take the place of the weights, 8 channels of each row
-    const int segments = deal.segments.divisor;
-    const int pitch = (TOGETHER > 1 ? WIDE * PIXELS : segments * SEGMENT) + 4;
-    float* joined = reinterpret_cast<float*>(weights.slots) +
+    __syncthreads();  // from here on, sums take the place of everything, 8 channels of each row
+    const int pitch = (TOGETHER > 1 ? WIDE * PIXELS : static_cast<int>(segments.divisor) * SEGMENT) + 4;
+    float* joined = reinterpret_cast<float*>(staged.data) +
                     (task.row - task.top) * CHANNELS * pitch + JOINED;
 #pragma unroll
     for (int p = 0; p < TOGETHER * WIDE; ++p)

@@ -9,52 +9,25 @@
 // A weight of zero times an infinity is NaN: where an input is not finite, so are its neighbours'
 // results, beyond the windows that it lies in.
 //
-// Blocks run over (image, weight channel, tile of rows). A warp takes 64 pixels of one row, or whole
-// rows of up to 32 or 16 pixels.
+// A warp takes 64 pixels of one row, or whole rows of up to 32 or 16 pixels.
 #pragma once
 
-#include "window.cuh"
+#include "staged_tile.cuh"
 
 constexpr int PIXELS = 16;      // of one product
-constexpr int CHANNELS = 8;     // of one product
+static_assert(CHANNELS == 8, "a product is of 8 channels");
 constexpr int PRODUCTS = 4;     // of one warp: neighbours in a row, or in several
 constexpr int SEGMENT = PRODUCTS * PIXELS;
 
-template <int N>
-struct Constant {
-    static constexpr int value = N;
-};
-
-// Calls with(Constant<vector>()) for a number of pixels chosen when the kernel is launched.
-template <int MOST, typename With>
-__device__ inline void with_vector(int vector, With with) {
-    if (MOST >= 8 && vector == 8) with(Constant<MOST >= 8 ? 8 : 4>());
-    else if (vector == 4) with(Constant<4>());
-    else if (vector == 2) with(Constant<2>());
-    else with(Constant<1>());
-}
-
-// How the work on one layer is dealt out; laid out as _DEAL in aggregation_mma.py.
-struct Deal {
-    Divisor tiles;            // of a plane
-    Divisor weight_channels;
-    Divisor segments;         // of a row
-    Divisor vectors;          // of the weights that a warp takes of one tap
-    Divisor units;            // of a staged line, of as many pixels as one copy moves
-    int rows;                 // of a tile
-    int step;                 // rows that the warps of a block take at once
-    int group;                // channels that share a weight
-    int pitch, plane_pitch;   // elements of a staged line, and of all lines of a channel
-};
-
-// The place of a warp: it takes rows `row`, `row` + deal.step and so on, TOGETHER at once.
+// The place of a warp, of `segments` that share a row: its first row is one of `together` that it takes
+// at once.
 struct Task {
     int lane, warp;
     int n, weight_channel;
     int top, bottom;  // the rows of the block's tile, the last one excluded
     int row, begin;   // the warp's first row and column
 
-    __device__ Task(const Deal& deal, int height, int together) {
+    __device__ Task(const Deal& deal, const Divisor& segments, int height, int together) {
         unsigned part = blockIdx.x, share = threadIdx.x / 32;
         lane = threadIdx.x % 32;
         warp = share;
@@ -62,7 +35,7 @@ struct Task {
         bottom = min(top + deal.rows, height);
         weight_channel = deal.weight_channels.divide(part);
         n = part;
-        begin = deal.segments.divide(share) * SEGMENT;
+        begin = segments.divide(share) * SEGMENT;
         row = top + share * together;
     }
 };
@@ -124,69 +97,11 @@ struct Band {
     }
 };
 
-// Where a tile is staged: row i of plane g at data + g * plane_pitch + i * pitch, its pixels from
-// column MARGIN on.
+// Where a lane's row of matrix l / 8 begins in a staged line: 8 columns of channel l % 8.
 template <typename T, int MARGIN>
-struct Staged {
-    T* data;
-    int pitch, plane_pitch;
-
-    __device__ Staged(void* shared, const Deal& deal)
-        : data(static_cast<T*>(shared)), pitch(deal.pitch), plane_pitch(deal.plane_pitch) {}
-
-    __device__ T* end() const { return data + CHANNELS * plane_pitch; }
-
-    // Where this lane's row of matrix l / 8 begins in a line: 8 columns of channel l % 8.
-    __device__ T* matrix_row(int lane, int line) const {
-        return data + lane % 8 * plane_pitch + lane / 8 * 8 + line * pitch;
-    }
-
-    // Starts copying `lines` rows of `group` planes, from row `first` on, C pixels at a time. Rows
-    // outside are reflected or zero; all other columns, and the planes from `group` on, are zero.
-    template <bool REFLECT, int C>
-    __device__ void copy(const T* planes, long long plane_stride, const Strides& strides,
-                         const Window& window, const Deal& deal, int first, int lines) const {
-        const unsigned at_once = deal.units.quotient(blockDim.x);
-        unsigned line = threadIdx.x;
-        const int unit = deal.units.divide(line), column = unit * C - MARGIN;
-        if (line >= at_once) return;
-        const bool in_row = column >= 0 && column < window.width;
-        for (; line < lines; line += at_once) {
-            const int y = source<REFLECT>(first + static_cast<int>(line), window.height);
-            // Rows below the last tile's windows are not used; they only must not be read.
-            const bool exists = in_row && y >= 0 && y < window.height;
-            const T* from = planes + (exists ? y * strides.h + column * strides.w : 0);
-            T* to = data + line * pitch + unit * C;
-#pragma unroll
-            for (int g = 0; g < CHANNELS; ++g, to += plane_pitch, from += plane_stride)
-                copy_or_clear<C>(to, from, exists && g < deal.group);
-        }
-    }
-
-    // The same with the number of pixels that these planes allow, chosen when the kernel is launched.
-    template <bool REFLECT>
-    __device__ void copy(int vector, const T* planes, long long plane_stride,
-                         const Strides& strides, const Window& window, const Deal& deal, int first,
-                         int lines) const {
-        with_vector<MARGIN>(vector, [&](auto v) {
-            copy<REFLECT, decltype(v)::value>(planes, plane_stride, strides, window, deal, first,
-                                              lines);
-        });
-    }
-
-    // Fills RADIUS columns on both sides of every line, once the lines have arrived.
-    template <int RADIUS>
-    __device__ void reflect_columns(int lines, int width) const {
-        for (int i = threadIdx.x; i < CHANNELS * lines; i += blockDim.x) {
-            T* row = data + i % CHANNELS * plane_pitch + i / CHANNELS * pitch + MARGIN;
-#pragma unroll
-            for (int k = 1; k <= RADIUS; ++k) {
-                row[-k] = row[k];
-                row[width - 1 + k] = row[width - 1 - k];
-            }
-        }
-    }
-};
+__device__ inline T* matrix_row(const Staged<T, MARGIN>& staged, int lane, int line) {
+    return staged.data + lane % 8 * staged.plane_pitch + lane / 8 * 8 + line * staged.pitch;
+}
 
 // The vectors of K pieces of up to SEGMENT elements, `plane` elements apart in global memory and
 // PITCH in shared memory, dealt out to a warp.

@@ -27,6 +27,12 @@ WINDOW = np.dtype(
 STRIDES = np.dtype([(name, np.int64) for name in "nchw"])
 DIVISOR = np.dtype([(name, np.uint32) for name in ("divisor", "multiplier", "shift")])
 
+# As struct Deal in staged_tile.cuh.
+DEAL = np.dtype(
+    [(name, DIVISOR) for name in ("tiles", "weight_channels", "vectors", "units")]
+    + [(name, np.int32) for name in ("rows", "group", "pitch", "plane_pitch")]
+)
+
 SAME_KERNEL_SIZES = (3, 5, 7)
 VECTOR_BYTES = 16
 WARP = 32
@@ -66,6 +72,28 @@ def divisor(number: int) -> tuple[int, int, int]:
 def divisor_argument(number: int) -> np.ndarray:
     """Return struct Divisor of a number from 1 to 2**31."""
     return structure(divisor(number), DIVISOR)
+
+
+@cache
+def deal_argument(
+    tiles: int,
+    weight_channels: int,
+    vectors: int,
+    units: int,
+    *,
+    rows: int,
+    group: int,
+    pitch: int,
+    plane_pitch: int,
+) -> np.ndarray:
+    """Return struct Deal, whose first four numbers are divisors."""
+    divisors = map(divisor, (tiles, weight_channels, vectors, units))
+    return structure((*divisors, rows, group, pitch, plane_pitch), DEAL)
+
+
+def staged_vector(x: Tensor, widest: int) -> int:
+    """Return how many pixels of a row one copy of these planes may move, at most `widest`."""
+    return vector_width(x.shape[3], x, widest=widest) if x.stride(3) == 1 else 1
 
 
 def reflects(window: Window) -> bool:
