@@ -49,6 +49,18 @@ def printable(text: str) -> str:
     )
 
 
+def shorten(name: str, length: int) -> str:
+    """Return a name that can be shown: without control characters, and at most so many long.
+
+    The middle is left out, since names of one kind often share their beginning.
+    """
+    name = printable(name)
+    if len(name) <= length:
+        return name
+    head = (length - 1) // 2
+    return f"{name[:head]}…{name[head + 1 - length :]}"
+
+
 def clock(seconds: float) -> str:
     """Return a duration in s as `m:ss` or `h:mm:ss`."""
     minutes, rest = divmod(round(seconds), 60)

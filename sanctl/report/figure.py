@@ -12,8 +12,6 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from sanctl.report.console import printable
-
 DOTS_PER_INCH = 200
 TRAIN_COLOUR, VAL_COLOUR = (
     "#0072b2",
@@ -56,15 +54,3 @@ def figure_file(path: Path, width: float, height: float) -> Iterator[Figure]:
         figure.savefig(
             path, dpi=DOTS_PER_INCH, facecolor="white", bbox_inches="tight", pad_inches=0.1
         )
-
-
-def shorten(name: str, length: int) -> str:
-    """Return a name that can be drawn: without control characters, and at most so many long.
-
-    The middle is left out, since names of one kind often share their beginning.
-    """
-    name = printable(name)
-    if len(name) <= length:
-        return name
-    head = (length - 1) // 2
-    return f"{name[:head]}…{name[head + 1 - length :]}"

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from matplotlib.transforms import ScaledTranslation, Transform
 
-from sanctl.report.figure import GRAY, TRAIN_COLOUR, VAL_COLOUR, figure_file, shorten
+from sanctl.report.console import shorten
+from sanctl.report.figure import GRAY, TRAIN_COLOUR, VAL_COLOUR, figure_file
 
 _MARKED_EPOCHS = 30
 _WRITTEN_CLASSES = 20

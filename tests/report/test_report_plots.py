@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
+from sanctl.report.console import shorten
 from sanctl.report.csvlog import CsvReporter
-from sanctl.report.figure import shorten
 from sanctl.report.plots import Mistake, plot_confusion, plot_curves, plot_mistakes
 
 Play = Callable[..., None]
