@@ -2,15 +2,17 @@
 
 Every line begins with what it tells of (`run`, `train`, `val`, `epoch`, `note`, `done`), so that
 `grep ^epoch` gives one line per epoch. The order of the keys is fixed, values that hold blanks
-stand in double quotes, and nothing but printable characters and the line's end is written.
+stand in double quotes, and nothing but printable characters and the line's end is written. While
+ranks lag behind the others, the lines of steps end in `stragglers=RANK:HOW,...`.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from sanctl.report.console import out, printable
-from sanctl.report.records import EpochRecord, RunInfo, RunSummary, StepRecord
+from sanctl.report.records import EpochRecord, RankRecord, RunInfo, RunSummary, StepRecord
 from sanctl.report.reporter import Reporter
+from sanctl.report.stragglers import find_stragglers
 
 MISSING = "-"
 
@@ -43,6 +45,7 @@ class PlainReporter(Reporter):
     def __init__(self, print_freq: int, write: Callable[[str], None] = out.print) -> None:
         self._print_freq = print_freq
         self._write = write
+        self._stragglers = ""
 
     def run_started(self, info: RunInfo) -> None:
         """Write what is trained, on what."""
@@ -56,6 +59,11 @@ class PlainReporter(Reporter):
     def step(self, record: StepRecord) -> None:
         """Write the step, if it is its turn."""
         self._step("train", record)
+
+    def ranks(self, records: Sequence[RankRecord]) -> None:
+        """Note which ranks lag behind, for the next line of a step."""
+        found = find_stragglers(records)
+        self._stragglers = ",".join(f"{rank}:{how}" for rank, how in sorted(found.items()))
 
     def evaluation_step(self, record: StepRecord) -> None:
         """Write the step, if it is its turn."""
@@ -74,6 +82,8 @@ class PlainReporter(Reporter):
         if record.lr is not None:
             values["lr"] = record.lr
         values |= {"images_per_s": record.images_per_s, "data_wait": record.data_wait}
+        if self._stragglers:
+            values["stragglers"] = self._stragglers
         self._write(key_values(word, values))
 
     def epoch_finished(self, record: EpochRecord) -> None:

@@ -1,20 +1,25 @@
-"""What the terminal shows of a run: a table of epochs, two bars and the latest figures."""
+"""What the terminal shows of a run: epochs, processes, two bars and the latest figures."""
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
+from rich.segment import Segment
 
+from sanctl.report.columns import UNKNOWN, Column, Line, table_lines
 from sanctl.report.console import clock
-from sanctl.report.records import EpochRecord, StepRecord
+from sanctl.report.rankview import rank_lines
+from sanctl.report.records import EpochRecord, RankRecord, StepRecord
 
 SHOWN_EPOCHS = 8
-_LINES_BESIDE_TABLE = 8
-_WIDE = 80
-_UNKNOWN = "-"
+_EPOCHS_BEFORE_RANKS = 3  # so many are shown before each process gets a row of its own
+_EPOCH_HEADER = 2
+_BAR_LINES = 3
+_LEAST_BAR = 10
+_TALL = 20  # terminals so high keep what stands above in sight
 
 
 @dataclass
@@ -22,6 +27,7 @@ class RunView:
     """The state of a run, drawn on demand to the width and height that there is.
 
     Attributes:
+        lines_above: Lines that stand above what is drawn, and that should stay on the screen.
         epochs: Last epoch of the run.
         epoch: The current epoch, counted from 1.
         phase: What the steps do: `train` or `val`.
@@ -30,15 +36,19 @@ class RunView:
         first_step: Steps of this phase that an earlier run did.
         record: The latest step.
         loss: The latest loss that was read.
+        ranks: What each process did lately.
         finished: The last epochs.
         best: The best epoch.
         epoch_seconds: What the last whole epochs took, evaluation and saving included.
-        over: Whether the run has ended, and no bars are drawn any more.
-        now: The current time in s, on the clock of the next two.
+        over: Whether the run has ended, and only the epochs are drawn any more.
+        now: The current time in s, on the clock of the next three.
         epoch_began: When the current epoch began.
         phase_began: When the current phase began.
+        stepped: When its latest step was done.
+        drawn: The widths of the lines that were drawn last.
     """
 
+    lines_above: int = 0
     epochs: int = 0
     epoch: int = 0
     phase: str = "train"
@@ -47,6 +57,7 @@ class RunView:
     first_step: int = 0
     record: StepRecord | None = None
     loss: float | None = None
+    ranks: Sequence[RankRecord] = ()
     finished: deque[EpochRecord] = field(default_factory=lambda: deque(maxlen=SHOWN_EPOCHS))
     best: EpochRecord | None = None
     epoch_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=SHOWN_EPOCHS))
@@ -54,107 +65,126 @@ class RunView:
     now: float = 0.0
     epoch_began: float = 0.0
     phase_began: float = 0.0
+    stepped: float = 0.0
+    drawn: list[int] = field(default_factory=list)
 
     def phase_left(self) -> float | None:
         """Return the seconds that this phase still takes; None before its first step."""
-        done = self.step - self.first_step
-        if done <= 0:
-            return None
-        return (self.now - self.phase_began) / done * (self.steps - self.step)
+        return self._left(0)
 
     def run_left(self) -> float | None:
         """Return the seconds that the run still takes; None while nothing tells.
 
         The mean of the last epochs tells; before there is one, the current epoch's training so far.
         """
+        epochs_left = self.epochs - self.epoch
         if self.epoch_seconds:
             whole = sum(self.epoch_seconds) / len(self.epoch_seconds)
-            here = max(0.0, whole - (self.now - self.epoch_began))
-            return here + (self.epochs - self.epoch) * whole
-        phase_left = self.phase_left()
-        if phase_left is None or self.phase != "train":
+            return max(0.0, whole - (self.now - self.epoch_began)) + epochs_left * whole
+        return self._left(epochs_left) if self.phase == "train" else None
+
+    def _left(self, more_phases: int) -> float | None:
+        """Return the seconds to the end of this phase and of as many whole ones like it."""
+        done = self.step - self.first_step
+        if done <= 0:
             return None
-        whole = (self.now - self.phase_began) / (self.step - self.first_step) * self.steps
-        return phase_left + (self.epochs - self.epoch) * whole
+        step_seconds = (self.stepped - self.phase_began) / done
+        steps_left = self.steps - self.step + more_phases * self.steps
+        return max(0.0, step_seconds * steps_left - (self.now - self.stepped))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Draw the table, then, while the run goes on, the bars and the figures."""
-        rows = list(self.finished)[-max(1, console.height - _LINES_BESIDE_TABLE) :]
-        if rows:
-            yield _epoch_table(rows, self.best, options.max_width)
+        """Draw the epochs, then, while the run goes on, the processes, the bars and the figures."""
+        width = options.max_width
+        lines = self._at_the_end(width) if self.over else self._tables(width, console.height)
+        self.drawn = [cell_len(line.text) for line in lines]
+        for line in lines:
+            yield Segment(line.text, console.get_style(line.style or "none"))
+            yield Segment.line()
         if not self.over:
-            yield self._bars()
-            yield self._figures()
+            self.drawn += [width] * _BAR_LINES
+            yield from self._bars(console, options)
+            yield Segment(self._figures()[:width], console.get_style("dim"))
 
-    def _bars(self) -> Table:
-        grid = Table.grid(padding=(0, 1), expand=True)
-        grid.add_column(no_wrap=True)
-        grid.add_column(no_wrap=True, justify="right")
-        grid.add_column(ratio=1)
-        grid.add_column(no_wrap=True, justify="right")
+    def _at_the_end(self, width: int) -> list[Line]:
+        return self._epochs(width, _EPOCH_HEADER + SHOWN_EPOCHS)
+
+    def _tables(self, width: int, height: int) -> list[Line]:
+        """Lay out both tables in the room that the bars leave."""
+        room = height - _BAR_LINES - (self.lines_above if height >= _TALL else 0)
+        if not self.ranks:
+            return self._epochs(width, room)
+        room -= 2  # the lines between the tables and the bars
+        epochs = min(len(self.finished), _EPOCHS_BEFORE_RANKS)
+        kept = _EPOCH_HEADER + epochs if epochs else 0
+        ranks = rank_lines(self.ranks, width, room - kept)
+        epoch_lines = self._epochs(width, room - len(ranks))
+        between = [Line("")] if ranks else []
+        return [*epoch_lines, *(between if epoch_lines else ()), *ranks, *between]
+
+    def _epochs(self, width: int, room: int) -> list[Line]:
+        """Lay out the last epochs; a best one that is not among them stands first."""
+        rows = list(self.finished)[-max(1, room - _EPOCH_HEADER) :]
+        if not rows or room <= _EPOCH_HEADER:
+            return []
+        best = self.best
+        if best is not None and all(row.epoch != best.epoch for row in rows):
+            rows = [best, *rows[1:]]
+        is_best = [best is not None and row.epoch == best.epoch for row in rows]
+        styles = ["green" if here else "" for here in is_best]
+        return table_lines(_epoch_columns(rows, is_best), styles, width)
+
+    def _bars(self, console: Console, options: ConsoleOptions) -> RenderResult:
         share = self.step / self.steps if self.steps else 0.0
         whole = self.epoch - 1 + (share if self.phase == "train" else 1.0)
-        for name, done, of, completed, left in (
-            ("epoch", self.epoch, self.epochs, whole, self.run_left()),
-            (self.phase, self.step, self.steps, self.step, self.phase_left()),
+        counts = [f"{self.epoch}/{self.epochs}", f"{self.step}/{self.steps}"]
+        count_width = max(map(len, counts))
+        for name, count, of, completed, left in (
+            ("epoch", counts[0], self.epochs, whole, self.run_left()),
+            (self.phase, counts[1], self.steps, self.step, self.phase_left()),
         ):
-            ends = _UNKNOWN if left is None else clock(left)
-            grid.add_row(
-                name,
-                f"{done}/{of}",
-                ProgressBar(total=max(of, 1), completed=completed),
-                f"ETA {ends:>7}",
+            before = f"{name:5} {count:>{count_width}} "
+            after = f" ETA {UNKNOWN if left is None else clock(left):>7}"
+            bar = max(_LEAST_BAR, options.max_width - len(before) - len(after))
+            yield Segment(before)
+            yield from console.render(
+                ProgressBar(total=max(of, 1), completed=completed, width=bar), options
             )
-        return grid
+            yield Segment(after)
+            yield Segment.line()
 
-    def _figures(self) -> Text:
-        parts = ["loss " + (_UNKNOWN if self.loss is None else f"{self.loss:.4g}")]
+    def _figures(self) -> str:
+        parts = ["loss " + (UNKNOWN if self.loss is None else f"{self.loss:.4g}")]
         if self.record is not None:
             if self.record.lr is not None:
                 parts.append(f"lr {self.record.lr:.4g}")
             parts.append(f"{self.record.images_per_s:,.0f} images/s")
             parts.append(f"data wait {self.record.data_wait:.0%}")
-        return Text("  ".join(parts), no_wrap=True, overflow="ellipsis", style="dim")
+        return "  ".join(parts)
 
 
-def _epoch_table(rows: list[EpochRecord], best: EpochRecord | None, width: int) -> Table:
-    """Return a table of epochs; a best one that is not among them stands first."""
-    if best is not None and all(row.epoch != best.epoch for row in rows):
-        rows = [best, *rows[1:]]
-    columns = _columns("loss_val" in rows[-1].values, width)
-    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
-    for header, _, _ in columns:
-        table.add_column(header, justify="right", no_wrap=True, vertical="bottom")
-    table.add_column("", no_wrap=True)
-    for row in rows:
-        is_best = best is not None and row.epoch == best.epoch
-        cells = [_cell(row, key, form) for _, key, form in columns]
-        table.add_row(*cells, "best" if is_best else "", style="green" if is_best else None)
-    return table
+def _epoch_columns(rows: Sequence[EpochRecord], is_best: Sequence[bool]) -> list[Column]:
+    validates = "loss_val" in rows[-1].values
+    parts = {"train": 0, "val": 5} if validates else {"train": 5}
+    scores = [
+        Column(f"{part}\n{header}", _cells(rows, f"{key}_{part}", form), importance + more)
+        for key, header, form, importance in (
+            ("loss", "loss", ".4f", 5),
+            ("top1", "top-1", ".2f", 4),
+            ("top5", "top-5", ".2f", 3),
+        )
+        for part, more in parts.items()
+    ]
+    return [
+        Column("epoch", [str(row.epoch) for row in rows], 11),
+        *scores,
+        Column("lr", _cells(rows, "lr", ".3g"), 6),
+        Column("time", [clock(row.timing.get("seconds", 0.0)) for row in rows], 2),
+        Column("data\nwait", _cells(rows, "data_wait", ".0%"), 1),
+        Column("images\n/s", _cells(rows, "images_per_s", ",.0f"), 7),
+        Column("", ["best" if here else "    " for here in is_best], 10, left=True),
+    ]
 
 
-def _columns(validates: bool, width: int) -> list[tuple[str, str, str]]:
-    """Return header, key and format of the columns that fit a width."""
-    columns = [("epoch", "epoch", "d"), ("train\nloss", "loss_train", ".4f")]
-    if validates:
-        columns.append(("val\nloss", "loss_val", ".4f"))
-    if not validates or width >= _WIDE:
-        columns.append(("train\ntop-1", "top1_train", ".2f"))
-    part = "val" if validates else "train"
-    if validates:
-        columns.append(("val\ntop-1", "top1_val", ".2f"))
-    columns.append((f"{part}\ntop-5", f"top5_{part}", ".2f"))
-    columns.append(("\nlr", "lr", ".3g"))
-    if width >= _WIDE:
-        columns.append(("\ntime", "seconds", "clock"))
-    columns.append(("images\n/s", "images_per_s", ",.0f"))
-    return columns
-
-
-def _cell(row: EpochRecord, key: str, form: str) -> str:
-    if key == "epoch":
-        return str(row.epoch)
-    value = row.values.get(key, row.timing.get(key))
-    if value is None:
-        return _UNKNOWN
-    return clock(value) if form == "clock" else format(value, form)
+def _cells(rows: Sequence[EpochRecord], key: str, form: str) -> list[str]:
+    values = [row.values.get(key, row.timing.get(key)) for row in rows]
+    return [UNKNOWN if value is None else format(value, form) for value in values]

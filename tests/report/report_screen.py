@@ -35,6 +35,16 @@ class Screen:
                 self._obey(argument, command)
         assert end == len(text), f"not understood: {text[end : end + 20]!r}"
 
+    def fold(self, width: int) -> None:
+        """Become narrower: longer lines go on in further rows, as most terminals show them."""
+        folded: list[str] = []
+        for number, line in enumerate(self.lines):
+            text = line.rstrip()
+            folded += [text[i : i + width] for i in range(0, max(1, len(text)), width)]
+            if number == self._row:
+                self._row, self._column = len(folded) - 1, min(self._column % width, width - 1)
+        self.width, self.lines = width, folded
+
     def _move(self, line_end: str) -> None:
         if line_end == "\r":
             self._column = 0
