@@ -258,7 +258,8 @@ def test_a_process_forked_while_another_thread_draws_can_write(tmp_path: Path) -
         reporter.run_started(
             RunInfo("a", "b", "c", 1, 10, 60, 10, "cpu", "float32", 2, 1, 4, 16, Path("exp"))
         )
-        for _ in range(100):
+        sys.setswitchinterval(1e-5)
+        for _ in range(200):
             child = os.fork()
             if not child:
                 reporter.note("from the child")
