@@ -83,6 +83,7 @@ def test_and_print(
     folder: Path,
     device: "torch.device",
     saved: "Checkpoint | None" = None,
+    quiet: bool = False,
 ) -> None:
     """Test a checkpoint and print its scores.
 
@@ -92,20 +93,23 @@ def test_and_print(
         folder: where the results go.
         device: what to compute on.
         saved: the checkpoint, if it has been read already.
+        quiet: print the scores alone, without progress and notes.
     """
     from sanctl.engine.checkpoint import load_checkpoint
     from sanctl.engine.testing import open_test_source, run_test
-    from sanctl.report.console import err, out, progress
+    from sanctl.report.console import err, out, progress, silent
     from sanctl.report.lognotes import log_as_notes
     from sanctl.report.tables import print_scores
 
     saved = saved or load_checkpoint(path)
     source, split = open_test_source(config)
 
-    def note(text: str) -> None:
-        err.print(f"note: {text}")
+    messages = silent if quiet else err
 
-    with progress(f"test {split}", total=len(source)) as advance, log_as_notes(note):
+    def note(text: str) -> None:
+        messages.print(f"note: {text}")
+
+    with progress(f"test {split}", len(source), messages) as advance, log_as_notes(note):
         result = run_test(config, saved, path, source, split, folder, device, advance)
     epoch = f" (epoch {result.epoch})" if result.epoch else ""
     out.print(f"{path}{epoch} on {split} images:")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sanctl.cli.arguments import Device, Overrides
+from sanctl.report.style import ProgressStyle
 
 if TYPE_CHECKING:
     from sanctl.engine.run import Run
@@ -36,14 +37,21 @@ def train(
     test: Annotated[
         bool, typer.Option("--test/--no-test", help="Test the best checkpoint at the end.")
     ] = True,
+    progress: Annotated[
+        ProgressStyle,
+        typer.Option(help="A screen, key=value lines, or the end alone; auto: what suits stdout."),
+    ] = ProgressStyle.AUTO,
 ) -> None:
     """Train a network, then test its best checkpoint.
 
     Ctrl-C saves at the next step and says how to go on; a second one stops at once.
     """
     from sanctl.config.load import resolve_config
+    from sanctl.report.console import require_live
 
     overrides = override or []
+    if progress is ProgressStyle.RICH:
+        require_live()
     # Before the import of torch, which takes seconds: a typing error is told at once.
     loaded = resolve_config(dataset, name, overrides)
 
@@ -55,14 +63,14 @@ def train(
     if dry_run:
         _print_plan(run)
         return
-    reporter = create_reporter(run.folder.root, run.config.TRAIN.print_freq)
+    reporter = create_reporter(run.folder.root, run.config.TRAIN.print_freq, progress)
     try:
         _fit(run, reporter, _command_to_go_on(dataset, name, overrides, device))
     finally:
         reporter.close()
     plot_curves(run.folder.metrics, run.folder.plots)
     if test:
-        _test_best(run)
+        _test_best(run, quiet=progress is ProgressStyle.NONE)
 
 
 def _fit(run: "Run", reporter: "Reporter", command: str) -> None:
@@ -98,9 +106,9 @@ def _print_plan(run: "Run") -> None:
         out.print(f"note: {note}")
 
 
-def _test_best(run: "Run") -> None:
+def _test_best(run: "Run", quiet: bool) -> None:
     from sanctl.cli.test import test_and_print
 
     best = run.folder.best
     path = best if best.exists() else run.folder.checkpoints()[-1]  # no best without evaluation
-    test_and_print(run.config, path, run.folder.test, run.device)
+    test_and_print(run.config, path, run.folder.test, run.device, quiet=quiet)

@@ -1,10 +1,12 @@
-"""The two consoles that every command prints to, and a progress bar that is quiet in a pipe.
+"""The consoles that every command prints to, and a progress bar that is quiet in a pipe.
 
-`out` takes results, `err` progress and notes. Both print text as it is: no markup, no emoji
-codes, no highlighting (file and class names hold anything), and no wrapping of their own, so that
-a path stays in one piece. Styles come from `style=` or from a `rich.text.Text`.
+`out` takes results, `err` progress and notes; `silent` drops what it is given. They print text as
+it is: no markup, no emoji codes, no highlighting (file and class names hold anything), and no
+wrapping of their own, so that a path stays in one piece. Styles come from `style=` or from a
+`rich.text.Text`.
 """
 
+import io
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +22,8 @@ from rich.progress import (
 )
 from rich.table import Column
 
+from sanctl.errors import UserError
+
 Advance = Callable[..., None]
 """`advance(n=1)`: n more items are done."""
 
@@ -33,11 +37,24 @@ def make_console(stderr: bool = False) -> Console:
 
 out = make_console()
 err = make_console(stderr=True)
+silent = Console(file=io.StringIO(), quiet=True)
 
 
 def is_live(console: Console) -> bool:
     """Return whether a console can redraw: a terminal that understands cursor movement."""
     return console.file.isatty() and not console.is_dumb_terminal
+
+
+def require_live() -> None:
+    """Make sure that stdout can be drawn on.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if not is_live(out):
+        raise UserError(
+            "--progress rich: standard output is no terminal that can redraw; use --progress plain"
+        )
 
 
 def printable(text: str) -> str:

@@ -1,46 +1,17 @@
 """The reporters that a training run has."""
 
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 
-from sanctl.errors import UserError
 from sanctl.report.console import err, is_live, out
 from sanctl.report.csvlog import CsvReporter
 from sanctl.report.plain import PlainReporter
 from sanctl.report.quiet import QuietReporter
 from sanctl.report.reporter import CompositeReporter, Reporter
+from sanctl.report.style import ProgressStyle
 from sanctl.report.tensorboard import TensorBoardReporter
 from sanctl.report.terminal import TerminalReporter
 from sanctl.report.textlog import TextLogReporter
-
-
-class ProgressStyle(StrEnum):
-    """How stdout shows a run.
-
-    `auto` draws on a terminal and writes lines elsewhere, `rich` draws, `plain` writes lines, and
-    `none` tells only how it ended.
-    """
-
-    AUTO = "auto"
-    RICH = "rich"
-    PLAIN = "plain"
-    NONE = "none"
-
-
-def choose_style(style: ProgressStyle) -> ProgressStyle:
-    """Return how stdout shows a run: what is asked for, or for `auto` what suits it.
-
-    Raises:
-        UserError: It cannot draw.
-    """
-    if style is ProgressStyle.RICH and not is_live(out):
-        raise UserError(
-            "--progress rich: standard output is no terminal that can redraw; use --progress plain"
-        )
-    if style is not ProgressStyle.AUTO:
-        return style
-    return ProgressStyle.RICH if is_live(out) else ProgressStyle.PLAIN
 
 
 def create_reporter(
@@ -51,12 +22,9 @@ def create_reporter(
     Args:
         run_folder: Gets `metrics.csv`, `train.log` and TensorBoard events.
         print_freq: Steps between two lines of `train.log`, and of stdout where it gets lines.
-        style: How stdout shows it.
-
-    Raises:
-        UserError: stdout cannot show it so.
+        style: How stdout shows it; `rich` needs one that can redraw (`require_live`).
     """
-    screen, warn = _screen(choose_style(style), print_freq)
+    screen, warn = _screen(style, print_freq)
     return CompositeReporter(
         [
             CsvReporter(run_folder / "metrics.csv", warn),
@@ -71,5 +39,6 @@ def _screen(style: ProgressStyle, print_freq: int) -> tuple[Reporter, Callable[[
     """Return what shows a run on stdout, and what tells of a file that cannot be written."""
     if style is ProgressStyle.NONE:
         return QuietReporter(), lambda text: err.print(f"warning: {text}")
-    screen = TerminalReporter() if style is ProgressStyle.RICH else PlainReporter(print_freq)
+    draws = is_live(out) if style is ProgressStyle.AUTO else style is ProgressStyle.RICH
+    screen = TerminalReporter() if draws else PlainReporter(print_freq)
     return screen, screen.note

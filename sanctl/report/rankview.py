@@ -7,11 +7,12 @@ from typing import NamedTuple
 from sanctl.report.columns import UNKNOWN, Column, Line, table_lines
 from sanctl.report.console import shorten
 from sanctl.report.records import GpuReading, RankRecord
-from sanctl.report.stragglers import WAITS, find_stragglers
+from sanctl.report.stragglers import SLOW, WAITS, find_stragglers
 
 _GIB = 2**30
 _HOST_LENGTH, _DEVICE_LENGTH = 16, 24
 _HEADER_HEIGHT = 2
+_NAMED = 5
 _STRAGGLER, _SUMMARY = "yellow", "dim"
 _STATISTICS: dict[str, Callable[[Sequence[float]], float]] = {
     "min": min,
@@ -66,35 +67,36 @@ _MEASURES = (
 def rank_lines(records: Sequence[RankRecord], width: int, height: int) -> list[Line]:
     """Lay out the processes: a row for each, stragglers marked, where so many rows fit.
 
-    Where they do not, the stragglers come first, then minimum, median and maximum of all.
+    Where they do not, the stragglers are named and come first, as many as fit, before minimum,
+    median and maximum of all.
 
     Args:
         records: All ranks of a run, in their order.
         width: The most cells of the terminal that a line may take.
-        height: The most lines; fewer than a table of one row takes give none.
+        height: The most lines; few have room for how many lag behind alone, or for nothing.
     """
     stragglers = find_stragglers(records)
     if _HEADER_HEIGHT + len(records) <= height:
         return _table(records, stragglers, (), records, width)
+    title = Line(_title(records, stragglers)[:width], _STRAGGLER if stragglers else "")
     rows_left = height - 1 - _HEADER_HEIGHT - len(_STATISTICS)
     if rows_left < 0:
-        return []
+        return [title] if height > 0 else []
     shown = [record for record in records if record.rank in stragglers][:rows_left]
-    title = f"{len(records)} ranks on {_hosts(records)}, {_count(stragglers)}"
-    if len(shown) < len(stragglers):
-        title += f", {len(shown)} of them here"
-    table = _table(shown, stragglers, tuple(_STATISTICS), records, width)
-    return [Line(title[:width], _STRAGGLER if stragglers else ""), *table]
+    return [title, *_table(shown, stragglers, tuple(_STATISTICS), records, width)]
 
 
-def _hosts(records: Sequence[RankRecord]) -> str:
-    count = len({record.host for record in records})
-    return f"{count} host{'s' if count > 1 else ''}"
-
-
-def _count(stragglers: dict[int, str]) -> str:
-    waiting = sum(how == WAITS for how in stragglers.values())
-    return f"{len(stragglers) - waiting} slow, {waiting} waiting for data"
+def _title(records: Sequence[RankRecord], stragglers: dict[int, str]) -> str:
+    """Return how many ranks there are, and which of them lag behind."""
+    hosts = len({record.host for record in records})
+    parts = [f"{len(records)} ranks on {hosts} host{'s' if hosts > 1 else ''}"]
+    for mark, words in ((SLOW, "slow"), (WAITS, "waiting for data")):
+        ranks = sorted(rank for rank, how in stragglers.items() if how == mark)
+        if ranks:
+            names = ", ".join(map(str, ranks[:_NAMED]))
+            more = f" and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else ""
+            parts.append(f"{words}: {names}{more}")
+    return "; ".join(parts)
 
 
 def _table(

@@ -15,7 +15,7 @@ from sanctl.report.rankview import rank_lines
 from sanctl.report.records import EpochRecord, RankRecord, StepRecord
 
 SHOWN_EPOCHS = 8
-_EPOCHS_BEFORE_RANKS = 3  # so many are shown before each process gets a row of its own
+_EPOCHS_BEFORE_RANKS = 3  # so many are shown before processes get rows, on tall terminals
 _EPOCH_HEADER = 2
 _BAR_LINES = 3
 _LEAST_BAR = 10
@@ -110,11 +110,12 @@ class RunView:
 
     def _tables(self, width: int, height: int) -> list[Line]:
         """Lay out both tables in the room that the bars leave."""
-        room = height - _BAR_LINES - (self.lines_above if height >= _TALL else 0)
+        is_tall = height >= _TALL
+        room = height - _BAR_LINES - (self.lines_above if is_tall else 0)
         if not self.ranks:
             return self._epochs(width, room)
         room -= 2  # the lines between the tables and the bars
-        epochs = min(len(self.finished), _EPOCHS_BEFORE_RANKS)
+        epochs = min(len(self.finished), _EPOCHS_BEFORE_RANKS if is_tall else 1)
         kept = _EPOCH_HEADER + epochs if epochs else 0
         ranks = rank_lines(self.ranks, width, room - kept)
         epoch_lines = self._epochs(width, room - len(ranks))

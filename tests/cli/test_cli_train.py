@@ -41,6 +41,48 @@ def test_training_tests_its_best_checkpoint_at_the_end(place: Place) -> None:
     assert list((place.run / "plots").glob("*.png"))
 
 
+def test_progress_plain_is_what_a_pipe_gets_anyway(place: Place) -> None:
+    status, out, _ = place.main("train", "shapes", "tiny", *FAST, "--no-test")
+    assert status == 0
+    plain = place.main(
+        *("train", "shapes", "tiny", *FAST, "--no-test", "--progress", "plain"),
+        *("-o", "TRAIN.save_path=exp/again"),
+    )
+    assert plain[0] == 0
+    words = [[line.split()[0] for line in text.splitlines()] for text in (out, plain[1])]
+    assert words[0] == words[1]
+
+
+def test_progress_none_tells_only_the_result(place: Place) -> None:
+    status, out, err = place.main("train", "shapes", "tiny", *FAST, "--progress", "none")
+    assert (status, err) == (0, "")
+    first, second, *_ = out.splitlines()
+    assert re.fullmatch(
+        r"trained in 0:\d\d; best epoch 1, top-1 [\d.]+ %; see exp/shapes/tiny", first
+    )
+    assert second == "exp/shapes/tiny/model/model_best.pth (epoch 1) on val images:"
+    assert "train epoch=1" in (place.run / "train.log").read_text()
+
+
+def test_progress_none_still_says_what_went_wrong(place: Place) -> None:
+    (place.run / "train.log").mkdir(parents=True)
+    status, _, err = place.main("train", "shapes", "tiny", *FAST, "--progress", "none", "--no-test")
+    assert status == 0
+    assert err == "warning: exp/shapes/tiny/train.log: cannot be written (Is a directory); " + (
+        "training goes on\n"
+    )
+
+
+def test_a_screen_is_not_drawn_into_a_pipe(place: Place) -> None:
+    status, out, err = place.main("train", "shapes", "tiny", *FAST, "--progress", "rich")
+    assert (status, out) == (2, "")
+    assert "--progress plain" in one_line(err)
+    assert not place.run.exists()
+    status, out, err = place.main("train", "shapes", "tiny", *FAST, "--progress", "loud")
+    assert (status, out) == (2, "")
+    assert "loud" in one_line(err)
+
+
 def test_no_test_leaves_it_out(place: Place) -> None:
     status, out, _ = place.main("train", "shapes", "tiny", *FAST, "--no-test")
     assert status == 0

@@ -1,6 +1,14 @@
 """A terminal in a few lines: what stands on it after control sequences have been obeyed."""
 
+import fcntl
+import os
+import pty
 import re
+import struct
+import subprocess
+import sys
+import termios
+import textwrap
 import unicodedata
 
 _TOKEN = re.compile(r"\x1b\[(\??[\d;]*)([A-Za-z])|(\r|\n)|([^\x1b\r\n]+)")
@@ -76,3 +84,34 @@ class Screen:
     def text(self) -> str:
         """All lines, without blanks at their ends."""
         return "\n".join(line.rstrip() for line in self.lines)
+
+
+def on_terminal(program: str, width: int = 80, **environment: str) -> str:
+    """Run a program on a terminal of its own and return everything that it wrote there."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 30, width, 0, 0))
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in {"COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"}
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        env={**clean, "TERM": "xterm-256color", **environment},
+    )
+    os.close(follower)
+    written = b""
+    while True:
+        try:
+            part = os.read(leader, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        written += part
+    os.close(leader)
+    assert process.wait() == 0, written.decode()
+    return written.decode()

@@ -1,20 +1,16 @@
 """What reaches a real terminal, a dumb one and a pipe."""
 
-import fcntl
 import os
-import pty
 import re
-import struct
 import subprocess
 import sys
-import termios
 import textwrap
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_screen import Screen
+from report_screen import Screen, on_terminal
 
 from sanctl.report.console import clock, make_console, printable
 
@@ -25,9 +21,10 @@ RUN = """
     from pathlib import Path
     from sanctl.report.create import create_reporter
     from sanctl.report.records import EpochRecord, RunInfo, RunSummary, StepRecord
+    from sanctl.report.style import ProgressStyle
 
     folder = Path({folder!r})
-    reporter = create_reporter(folder, 2)
+    reporter = create_reporter(folder, 2, ProgressStyle({style!r}))
     reporter.run_started(
         RunInfo("mnist", "a", "san10", 1000, 10, 60, 10, "cpu", "float32", 2, 1, 4, 16, folder)
     )
@@ -53,37 +50,6 @@ PROGRESS = """
 """
 
 
-def on_terminal(program: str, width: int = 80, **environment: str) -> str:
-    """Run a program on a terminal of its own and return everything that it wrote there."""
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 30, width, 0, 0))
-    clean = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in {"COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"}
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        stdin=follower,
-        stdout=follower,
-        stderr=follower,
-        env={**clean, "TERM": "xterm-256color", **environment},
-    )
-    os.close(follower)
-    written = b""
-    while True:
-        try:
-            part = os.read(leader, 65536)
-        except OSError:  # the other end is closed
-            break
-        if not part:
-            break
-        written += part
-    os.close(leader)
-    assert process.wait() == 0, written.decode()
-    return written.decode()
-
-
 def in_pipe(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
@@ -95,7 +61,7 @@ def in_pipe(program: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def test_a_run_on_a_real_terminal(tmp_path: Path) -> None:
-    written = on_terminal(RUN.format(folder=str(tmp_path)), width=70)
+    written = on_terminal(RUN.format(folder=str(tmp_path), style="auto"), width=70)
     screen = Screen(70)
     screen.feed(written)
     text = screen.text()
@@ -109,7 +75,7 @@ def test_a_run_on_a_real_terminal(tmp_path: Path) -> None:
 
 
 def test_a_run_in_a_pipe_is_plain_lines(tmp_path: Path) -> None:
-    done = in_pipe(RUN.format(folder=str(tmp_path)))
+    done = in_pipe(RUN.format(folder=str(tmp_path), style="auto"))
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == [
         *("run", "train", "train", "epoch", "train", "train", "epoch", "done")
@@ -118,6 +84,20 @@ def test_a_run_in_a_pipe_is_plain_lines(tmp_path: Path) -> None:
     assert done.stderr == ""
     log = (tmp_path / "train.log").read_text().splitlines()
     assert [line.split(" ", 1)[1] for line in log] == lines
+
+
+@pytest.mark.parametrize(
+    ("style", "words"),
+    [("plain", ["run", "train", "train", "epoch"] + ["train", "train", "epoch", "done"])]
+    + [("none", ["trained"])],
+)
+def test_a_terminal_gets_lines_where_these_are_asked_for(
+    tmp_path: Path, style: str, words: list[str]
+) -> None:
+    program = RUN.format(folder=str(tmp_path), style=style)
+    written = on_terminal(program)
+    assert "\x1b" not in written
+    assert [line.split()[0] for line in written.splitlines()] == words
 
 
 def test_a_dumb_terminal_gets_plain_lines() -> None:
