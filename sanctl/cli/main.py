@@ -18,6 +18,7 @@ from sanctl.cli.bench_ops import bench_ops
 from sanctl.cli.demo import demo
 from sanctl.cli.doctor import doctor
 from sanctl.cli.models import models
+from sanctl.cli.slurm import slurm
 from sanctl.cli.test import test
 from sanctl.cli.train import train
 from sanctl.errors import SanctlError
@@ -63,6 +64,7 @@ app.add_typer(dataset.app, name="dataset")
 app.add_typer(config.app, name="config")
 app.command("train")(train)
 app.command("test")(test)
+app.command("slurm")(slurm)
 app.command("models")(models)
 app.command("bench-ops")(bench_ops)
 app.command("bench-models")(bench_models)
