@@ -27,7 +27,7 @@ class RunView:
     """The state of a run, drawn on demand to the width and height that there is.
 
     Attributes:
-        lines_above: Lines that stand above what is drawn, and that should stay on the screen.
+        header: Lines that stand above what is drawn, and that should stay on the screen.
         epochs: Last epoch of the run.
         epoch: The current epoch, counted from 1.
         phase: What the steps do: `train` or `val`.
@@ -45,10 +45,9 @@ class RunView:
         epoch_began: When the current epoch began.
         phase_began: When the current phase began.
         stepped: When its latest step was done.
-        drawn: The widths of the lines that were drawn last.
     """
 
-    lines_above: int = 0
+    header: tuple[str, ...] = ()
     epochs: int = 0
     epoch: int = 0
     phase: str = "train"
@@ -66,7 +65,6 @@ class RunView:
     epoch_began: float = 0.0
     phase_began: float = 0.0
     stepped: float = 0.0
-    drawn: list[int] = field(default_factory=list)
 
     def phase_left(self) -> float | None:
         """Return the seconds that this phase still takes; None before its first step."""
@@ -96,12 +94,10 @@ class RunView:
         """Draw the epochs, then, while the run goes on, the processes, the bars and the figures."""
         width = options.max_width
         lines = self._at_the_end(width) if self.over else self._tables(width, console.height)
-        self.drawn = [cell_len(line.text) for line in lines]
         for line in lines:
             yield Segment(line.text, console.get_style(line.style or "none"))
             yield Segment.line()
         if not self.over:
-            self.drawn += [width] * _BAR_LINES
             yield from self._bars(console, options)
             yield Segment(self._figures()[:width], console.get_style("dim"))
 
@@ -111,7 +107,8 @@ class RunView:
     def _tables(self, width: int, height: int) -> list[Line]:
         """Lay out both tables in the room that the bars leave."""
         is_tall = height >= _TALL
-        room = height - _BAR_LINES - (self.lines_above if is_tall else 0)
+        above = sum(max(1, -(-cell_len(line) // width)) for line in self.header)
+        room = height - _BAR_LINES - (above if is_tall else 0)
         if not self.ranks:
             return self._epochs(width, room)
         room -= 2  # the lines between the tables and the bars

@@ -3,14 +3,13 @@
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, Group
 from rich.control import Control
 from rich.live import Live
-from rich.segment import ControlType
 from rich.text import Text
 
 from sanctl.report.console import clock, out
@@ -19,6 +18,7 @@ from sanctl.report.reporter import Reporter
 from sanctl.report.runview import RunView
 
 SECONDS_BETWEEN_DRAWINGS = 0.25
+_KEPT_NOTES = 8
 
 # Held while something is written, and while the process forks: the copy of a process of which
 # another thread is writing would wait for ever for that thread's locks.
@@ -55,6 +55,8 @@ class TerminalReporter(Reporter):
         self._thread = threading.Thread(target=self._keep_drawing, name="screen", daemon=True)
         self._over = threading.Event()
         self._gone = False
+        self._size = console.size
+        self._notes: deque[str] = deque(maxlen=_KEPT_NOTES)
         self._starts_whole = True
 
     def run_started(self, info: RunInfo) -> None:
@@ -62,18 +64,17 @@ class TerminalReporter(Reporter):
         images = f"{info.train_images:,} training images"
         if info.val_images:
             images += f", {info.val_images:,} validation images"
-        lines = [
+        view = self._view
+        view.header = (
             f"{info.network} ({info.parameters:,} parameters) on {info.dataset}: "
             f"{info.classes:,} classes, {images}",
             f"{info.device}, {info.precision}, batch size {info.batch_size}, "
             f"epochs {info.first_epoch} to {info.epochs}",
             f"writes to {info.run_folder}",
             "",
-        ]
-        for line in lines:
+        )
+        for line in view.header:
             self._print(line)
-        view = self._view
-        view.lines_above = sum(_rows(cell_len(line), self._console.width) for line in lines)
         view.epochs = info.epochs
         view.epoch = info.first_epoch
         view.steps = info.steps_per_epoch
@@ -83,6 +84,7 @@ class TerminalReporter(Reporter):
 
     def note(self, text: str) -> None:
         """Print a sentence above what is drawn."""
+        self._notes.append(text)
         self._print(text)
 
     def epoch_started(self, epoch: int, steps: int, start_step: int) -> None:
@@ -158,24 +160,26 @@ class TerminalReporter(Reporter):
     def _draw(self) -> None:
         self._view.now = self._monotonic()
         with self._console:  # one write for all
-            self._erase_what_was_folded()
+            self._start_afresh_if_resized()
             self._live.refresh()
 
-    def _erase_what_was_folded(self) -> None:
-        """Go up and erase what Live does not know of: it counts lines, not where they were folded.
+    def _start_afresh_if_resized(self) -> None:
+        """Clear a terminal that has another size, and print again what stood above.
 
-        A terminal made narrower folds the lines that it shows.
+        Terminals fold, cut or shift what they show, each in its own way, and Live goes up as many
+        lines as it drew.
         """
-        width = self._console.width
-        folded = sum(_rows(drawn, width) - 1 for drawn in self._view.drawn)
-        if folded and self._live.is_started:
-            up = ((ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1))
-            self._console.control(Control(*up * folded))
+        size = self._console.size
+        if self._live.is_started and size != self._size:
+            self._console.control(Control.home(), Control.clear())
+            above = Group(*map(Text, (*self._view.header, *self._notes)))
+            self._console.print(above, soft_wrap=False)
+        self._size = size
 
     def _print(self, line: str) -> None:
         def act() -> None:
             with self._console:
-                self._erase_what_was_folded()
+                self._start_afresh_if_resized()
                 self._console.print(Text(line), soft_wrap=False)
 
         self._write(act)
@@ -198,8 +202,3 @@ def describe_end(summary: RunSummary) -> str:
     if summary.best_top1 is not None:
         line += f", top-1 {summary.best_top1:.2f} %"
     return f"{line}; see {summary.run_folder}"
-
-
-def _rows(length: int, width: int) -> int:
-    """Return how many rows of a terminal a line of text takes."""
-    return max(1, -(-length // width))

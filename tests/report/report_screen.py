@@ -43,8 +43,8 @@ class Screen:
                 self._obey(argument, command)
         assert end == len(text), f"not understood: {text[end : end + 20]!r}"
 
-    def fold(self, width: int) -> None:
-        """Become narrower: longer lines go on in further rows, as most terminals show them."""
+    def resize(self, width: int) -> None:
+        """Become narrower: longer lines go on in further rows, as many terminals show them."""
         folded: list[str] = []
         for number, line in enumerate(self.lines):
             text = line.rstrip()
@@ -68,6 +68,12 @@ class Screen:
         elif command == "K":
             assert argument == "2"
             self.lines[self._row] = ""
+        elif command == "H":
+            assert argument == ""
+            self._row = self._column = 0
+        elif command == "J":
+            assert argument == "2"
+            self.lines = [""] * len(self.lines)
         elif argument == "?25":
             self.shows_cursor = command == "h"
         else:

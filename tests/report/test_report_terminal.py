@@ -195,30 +195,31 @@ def test_a_drawing_is_one_write(tmp_path: Path, play: Play) -> None:
 
 
 @pytest.mark.parametrize("width", [61, 79, 100])
-def test_a_terminal_made_narrower_folds_what_it_shows_and_is_redrawn(
-    tmp_path: Path, play: Play, width: int
-) -> None:
+def test_a_terminal_of_another_size_is_drawn_afresh(tmp_path: Path, play: Play, width: int) -> None:
     terminal = Terminal(120)
     screens: list[list[str]] = []
 
     def resize(epoch: int, step: int) -> None:
         if (epoch, step) == (4, 2):
+            terminal.reporter.note("a note")
             terminal.reporter.draw()
             screen = terminal.screen()
-            screen.fold(width)
+            screen.resize(width)
             terminal.console.width = width
             before = len(terminal.file.getvalue())
             terminal.reporter.draw()
+            terminal.reporter.draw()
             screen.feed(terminal.file.getvalue()[before:])
-            screens.append(screen.text().splitlines())
+            screens.append(screen.text().rstrip().splitlines())
 
     play(terminal.reporter, Path("exp"), at_step=resize)
     (lines,) = screens
     assert max(map(len, lines)) <= width
     assert [line.split()[0] for line in lines if " ETA " in line] == ["epoch", "train"]
+    assert [line for line in lines if "note" in line] == ["a note"]
     assert sum("top-1" in line for line in lines) == 1
-    assert "san10_pairwise (10,512,345 parameters)" in lines[0]
-    assert "writes to exp" in lines
+    assert lines[0].startswith("san10_pairwise (10,512,345 parameters)")
+    assert lines.count("writes to exp") == 1
 
 
 def test_training_goes_on_when_the_terminal_goes_away(tmp_path: Path, play: Play) -> None:
