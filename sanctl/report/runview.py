@@ -19,6 +19,7 @@ _EPOCHS_BEFORE_RANKS = 3  # so many are shown before processes get rows, on tall
 _EPOCH_HEADER = 2
 _BAR_LINES = 3
 _LEAST_BAR = 10
+_LARGE_LOSS = 1000
 _TALL = 20  # terminals so high keep what stands above in sight
 
 
@@ -185,4 +186,11 @@ def _epoch_columns(rows: Sequence[EpochRecord], is_best: Sequence[bool]) -> list
 
 def _cells(rows: Sequence[EpochRecord], key: str, form: str) -> list[str]:
     values = [row.values.get(key, row.timing.get(key)) for row in rows]
-    return [UNKNOWN if value is None else format(value, form) for value in values]
+    return [_text(value, form) for value in values]
+
+
+def _text(value: float | None, form: str) -> str:
+    if value is None:
+        return UNKNOWN
+    # A loss that is far off would take the room of two columns.
+    return format(value, ".3g" if form == ".4f" and abs(value) >= _LARGE_LOSS else form)

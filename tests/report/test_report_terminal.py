@@ -142,6 +142,13 @@ def test_a_low_terminal_shows_fewer_epochs_and_keeps_the_bars(
     play(terminal.reporter, tmp_path, at_step=look)
 
 
+def test_a_loss_that_is_far_off_stays_short(play: Play, tmp_path: Path) -> None:
+    terminal = Terminal(120)
+    play(terminal.reporter, tmp_path, shift=1031926248.0)
+    rows = re.findall(r"^ +\d+  .*$", terminal.screen().text(), re.MULTILINE)
+    assert [row.split()[1:3] for row in rows] == [["1.03e+09", "1.03e+09"]] * 8
+
+
 def test_notes_stand_above_in_their_order(play: Play, tmp_path: Path) -> None:
     terminal = Terminal()
 
