@@ -126,6 +126,10 @@ def _complain_about_usage(error: Exception, debug: bool) -> int:
 def _complain(message: str, status: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
+    from sanctl.report.console import printable
+
     prefix = "" if status == INTERRUPTED else "error: "
-    print(f"{prefix}{message}", file=sys.stderr)
+    # A message may quote a file, which may hold what a terminal would obey.
+    lines = [printable(line) for line in message.split("\n")]
+    print(f"{prefix}{chr(10).join(lines)}", file=sys.stderr)
     return status

@@ -7,7 +7,7 @@ from typing import Any
 from sanctl.config.document import Document, parse_value
 from sanctl.config.problems import unknown_key, unknown_section
 from sanctl.config.schema import SECTIONS
-from sanctl.errors import UserError
+from sanctl.errors import UserError, shown
 
 
 @dataclass
@@ -42,7 +42,9 @@ class Layers:
                 for key, value in body.items():
                     self._set(section, str(key), value, places.get(f"{section}.{key}", where))
             elif body is not None:
-                self.problems.append(f"{where}: {section}: expected keys below it, got {body!r}")
+                self.problems.append(
+                    f"{where}: {section}: expected keys below it, got {shown(body)}"
+                )
 
     def add_overrides(self, overrides: Sequence[str]) -> None:
         """Lay `SECTION.key=value` settings of the command line over what is there.

@@ -18,7 +18,7 @@ from sanctl.config.presets import dataset_names, model_names, preset_layers
 from sanctl.config.problems import field_problems, nearest_name
 from sanctl.config.render import format_value
 from sanctl.config.schema import ARCHS_OF_KEY, KEYS, SECTIONS, Config
-from sanctl.errors import UserError
+from sanctl.errors import UserError, shown
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def parse_config(mapping: Mapping[str, Any], source: str, overrides: Sequence[st
         UserError: It is wrong; one line for each thing to mend.
     """
     if not isinstance(mapping, Mapping):
-        raise UserError(f"{source}: expected sections (DATA, TRAIN, ...), got {mapping!r:.60}")
+        raise UserError(f"{source}: expected sections (DATA, TRAIN, ...), got {shown(mapping)}")
     layers = Layers(source)
     layers.add_mapping(mapping, {})
     layers.add_overrides(overrides)

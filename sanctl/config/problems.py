@@ -2,12 +2,12 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from sanctl.config.schema import KEYS, SECTIONS
+from sanctl.errors import shown
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -65,8 +65,8 @@ def _describe(detail: ErrorDetails) -> str:
         return "missing, and it has no default"
     expected = _EXPECTED.get(detail["type"])
     if expected is None:
-        return f"{detail['msg']}, got {_shown(detail['input'])}"
-    return f"expected {expected.format(**detail.get('ctx', {}))}, got {_shown(detail['input'])}"
+        return f"{detail['msg']}, got {shown(detail['input'])}"
+    return f"expected {expected.format(**detail.get('ctx', {}))}, got {shown(detail['input'])}"
 
 
 def _place(location: tuple[int | str, ...]) -> str:
@@ -74,11 +74,6 @@ def _place(location: tuple[int | str, ...]) -> str:
     place = ".".join(str(part) for part in location[:2])
     indices = [part for part in location[2:] if isinstance(part, int)]
     return place + "".join(f"[{index}]" for index in indices)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _key_named(name: str) -> str | None:

@@ -13,6 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from sanctl.data.atomic import atomic_write
 from sanctl.data.scan import Progress, name_some, scan_folder
+from sanctl.data.torch_file import RefusedFileError, load_torch_file
 from sanctl.errors import UserError
 
 _PROBES = 32
@@ -174,11 +175,13 @@ def load_index(path: Path) -> ImageIndex:
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; `sanctl dataset index` makes an index")
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises whatever a hostile or damaged file provokes
+        payload = load_torch_file(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except RefusedFileError as refusal:
         raise UserError(
-            f"{path}: refused: damaged, or holding more than plain lists of paths and classes; "
-            "make it again with `sanctl dataset index`"
+            f"{path}: refused: {refusal}; an index holds plain lists of paths and classes: make it "
+            "again with `sanctl dataset index`"
         ) from None
     classes, samples, extensions = _checked(payload, path)
     return ImageIndex(classes, samples, extensions, _find_root(samples, path.parent))
@@ -199,10 +202,8 @@ def _checked(payload: Any, path: Path) -> tuple[list[str], list[tuple[str, int]]
     classes, samples = payload["classes"], payload["samples"]
     if not _is_strings(classes) or not classes or len(set(classes)) != len(classes):
         raise _broken(path, "`classes` is not a list of different names")
-    if payload.get("class_to_idx", None) not in (
-        None,
-        {name: number for number, name in enumerate(classes)},
-    ):
+    numbers = payload.get("class_to_idx")
+    if numbers is not None and not _numbers_in_order(numbers, classes):
         raise _broken(path, "`class_to_idx` does not number `classes` from 0")
     if not isinstance(samples, list | tuple):
         raise _broken(path, "`samples` is not a list")
@@ -216,6 +217,14 @@ def _checked(payload: Any, path: Path) -> tuple[list[str], list[tuple[str, int]]
     if not _is_strings(extensions):
         raise _broken(path, "`extensions` is not a list of file name extensions")
     return list(classes), [(name, target) for name, target in samples], tuple(extensions)
+
+
+def _numbers_in_order(numbers: Any, classes: list[str] | tuple[str, ...]) -> bool:
+    return (
+        isinstance(numbers, dict)
+        and all(type(name) is str and type(number) is int for name, number in numbers.items())
+        and numbers == {name: number for number, name in enumerate(classes)}
+    )
 
 
 def _is_strings(value: Any) -> bool:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from sanctl.data.atomic import atomic_write
 from sanctl.data.index import ImageIndex
 from sanctl.data.legacy import OldPack, read_old_pack
-from sanctl.errors import UserError
+from sanctl.data.torch_file import RefusedFileError, load_torch_file
+from sanctl.errors import UserError, shown
 
 FORMAT = "sanctl.packed_images"
 VERSION = 1
@@ -47,7 +48,11 @@ class PackedImages:
         """Return the path that an image had when it was packed, or "image 5 of train_imgs.pt"."""
         if self.names is None or self.name_offsets is None:
             return f"image {index} of {self.path}"
-        return _slice(self.names, self.name_offsets, index).tobytes().decode(*_NAME_CODING)
+        name = _slice(self.names, self.name_offsets, index).tobytes()
+        try:
+            return name.decode(*_NAME_CODING)
+        except UnicodeDecodeError:  # a damaged or hostile pack
+            return name.decode("utf-8", "replace")
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """Return the encoded bytes of an image, uint8 of shape (bytes,), without a copy."""
@@ -116,14 +121,18 @@ def open_packed(path: Path) -> PackedImages:
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; `sanctl dataset pack` makes packs")
     try:
-        payload = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception:  # an old pack, or whatever a hostile or damaged file provokes
+        payload = load_torch_file(path, mmap=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except RefusedFileError:  # an old pack, or whatever is damaged or hostile
         return _from_old(path, read_old_pack(path))
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+    kind = payload.get("format") if isinstance(payload, dict) else None
+    if type(kind) is not str or kind != FORMAT:
         raise UserError(f"{path}: is not a pack of images; make one with `sanctl dataset pack`")
-    if payload.get("version") != VERSION:
+    version = payload.get("version")
+    if type(version) is not int or version != VERSION:
         raise UserError(
-            f"{path}: is a pack of version {payload.get('version')}, this program reads version "
+            f"{path}: is a pack of version {shown(version)}, this program reads version "
             f"{VERSION}; update it, or make the pack again with `sanctl dataset pack`"
         )
     return _checked(path, payload)
@@ -145,7 +154,9 @@ def _checked(path: Path, payload: dict[str, Any]) -> PackedImages:
         value = payload.get(name)
         if not isinstance(value, torch.Tensor) or value.dtype != kind or value.ndim != 1:
             raise _broken(path, f"`{name}` is not a row of {str(kind).removeprefix('torch.')}")
-        return value.numpy()
+        if not value.is_contiguous():
+            raise _broken(path, f"`{name}` does not lie in one piece")
+        return value.detach().numpy()
 
     targets, data, names = (
         row("targets", torch.int64),
@@ -156,6 +167,8 @@ def _checked(path: Path, payload: dict[str, Any]) -> PackedImages:
     for starts, content in ((offsets, data), (name_offsets, names)):
         if len(starts) != len(targets) + 1 or starts[0] != 0 or starts[-1] != len(content):
             raise _broken(path, "its parts have different lengths")
+        if (np.diff(starts) < 0).any():
+            raise _broken(path, "its images overlap")
     if len(targets) and not 0 <= targets.min() <= targets.max() < len(classes):
         raise _broken(path, f"a class index lies outside 0 to {len(classes) - 1}")
     return PackedImages(path, classes, targets, data, offsets, names, name_offsets)

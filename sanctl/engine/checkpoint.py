@@ -1,33 +1,47 @@
 """Checkpoint files: written whole or not at all, read without running anybody's code."""
 
-import re
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from sanctl.data.atomic import atomic_write
-from sanctl.errors import UserError
+from sanctl.data.torch_file import DamagedFileError, RefusedFileError, load_torch_file
+from sanctl.errors import UserError, shown
 
 FORMAT = 1
+_MOST_EPOCHS = 10**9
+
+
+def _scalar(kind: Any, data: Any) -> Any:
+    """Build a numpy scalar out of its bytes, without the sizes and kinds that numpy would take."""
+    if not isinstance(kind, np.dtype) or kind.kind not in "fiub" or type(data) is not bytes:
+        raise ValueError("no number")
+    return np.frombuffer(data, kind, count=1)[0]
+
+
+def _dtype(name: Any, *_: Any) -> np.dtype:
+    if name not in ("f8", "f4", "f2", "i8", "i4", "b1"):
+        raise ValueError("no dtype of a score")
+    return np.dtype(name)
+
 
 # Checkpoints of the original carry their scores as numpy scalars: harmless data, which torch's
 # restricted unpickler has to be told of. numpy 1 called the module `numpy.core`, numpy 2
 # `numpy._core`.
-_scalar: Any = np.float64(0).__reduce__()[0]
 _NUMPY_SCALARS: list[Any] = [
     (_scalar, "numpy.core.multiarray.scalar"),
     (_scalar, "numpy._core.multiarray.scalar"),
-    np.dtype,
+    (_dtype, "numpy.dtype"),
     *(type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "?")),
 ]
 
-# How torch's restricted unpickler names what it refuses to build.
-_REFUSED = re.compile(r"GLOBAL ([\w.]+)")
+
+_Number = Annotated[int, Field(ge=0, le=_MOST_EPOCHS)]
 
 
 @dataclass
@@ -50,15 +64,15 @@ class Checkpoint:
     """
 
     state_dict: dict[str, Tensor]
-    epoch: int = 0
-    step: int | None = None
+    epoch: _Number = 0
+    step: _Number | None = None
     optimizer: dict[str, Any] | None = None
     scaler: dict[str, Any] | None = None
     ema: dict[str, Any] | None = None
     rng: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, Tensor] | None = None
     scores: dict[str, float] = field(default_factory=dict)
-    best_epoch: int = 0
+    best_epoch: _Number = 0
     best_score: float = -1.0
     config: dict[str, Any] | None = None
     classes: list[str] | None = None
@@ -86,6 +100,13 @@ class Checkpoint:
         }
 
 
+_CHECKS = ConfigDict(strict=True, arbitrary_types_allowed=True)
+_FIELDS: dict[str, TypeAdapter[Any]] = {
+    name: TypeAdapter(kind, config=_CHECKS)
+    for name, kind in get_type_hints(Checkpoint, include_extras=True).items()
+}
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint of ours, one published in the original's format, or bare weights.
 
@@ -101,15 +122,23 @@ def load_checkpoint(path: Path) -> Checkpoint:
     weights = content["state_dict"]
     if not isinstance(weights, dict) or not weights:
         raise UserError(f"{path}: not a checkpoint (it holds no weights)")
-    if not all(isinstance(value, Tensor) for value in weights.values()):
+    if not all(type(key) is str and isinstance(value, Tensor) for key, value in weights.items()):
         raise UserError(f"{path}: not a checkpoint (its state_dict holds more than tensors)")
     if "format" not in content:
         return _foreign(content)
-    if content["format"] != FORMAT:
+    number = content["format"]
+    if type(number) is not int or number != FORMAT:
         raise UserError(
-            f"{path}: its format {content['format']} is not one this sanctl reads; upgrade sanctl"
+            f"{path}: its format {shown(number)} is not one this sanctl reads; upgrade sanctl"
         )
     known = {key: content[key] for key in Checkpoint.__dataclass_fields__ if key in content}
+    for key, value in known.items():
+        try:
+            _FIELDS[key].validate_python(value)
+        except ValidationError:
+            raise UserError(
+                f"{path}: damaged or not a checkpoint (its {key} is {shown(value)})"
+            ) from None
     return Checkpoint(**known)
 
 
@@ -118,28 +147,29 @@ def _foreign(content: dict[str, Any]) -> Checkpoint:
     epoch, optimizer = content.get("epoch"), content.get("optimizer")
     return Checkpoint(
         state_dict=content["state_dict"],
-        epoch=int(epoch) if isinstance(epoch, int | np.integer) else 0,
+        epoch=_counted(epoch),
         optimizer=optimizer if isinstance(optimizer, dict) else None,
     )
+
+
+def _counted(epoch: Any) -> int:
+    is_number = isinstance(epoch, int | np.integer) and 0 <= epoch <= _MOST_EPOCHS
+    return int(epoch) if is_number else 0
 
 
 def _read(path: Path) -> Any:
     if path.is_dir():
         raise UserError(f"{path}: a folder, not a checkpoint; name the .pth file in it")
     try:
-        with torch.serialization.safe_globals(_NUMPY_SCALARS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what it will refuse right afterwards
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            return load_torch_file(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:
-        # torch reports damage as RuntimeError, EOFError, KeyError, UnpicklingError, ..., over many
-        # lines which advise to load the file with its code running: not to be passed on.
-        if refused := _REFUSED.search(str(error)):
-            raise UserError(
-                f"{path}: refused, since it holds {refused[1]}; "
-                "a checkpoint holds tensors and plain values alone"
-            ) from error
+    except DamagedFileError as error:
         raise UserError(f"{path}: cut short, damaged or not a checkpoint") from error
+    except RefusedFileError as refusal:
+        raise UserError(
+            f"{path}: refused: {refusal}; a checkpoint holds tensors and plain values alone"
+        ) from refusal
