@@ -9,6 +9,8 @@ from sanctl.config.problems import unknown_key, unknown_section
 from sanctl.config.schema import SECTIONS
 from sanctl.errors import UserError, shown
 
+_LONGEST_KEY = 80
+
 
 @dataclass
 class Layers:
@@ -35,12 +37,13 @@ class Layers:
     def add_mapping(self, sections: Mapping[Any, Any], places: Mapping[str, str]) -> None:
         """Lay nested values over what is there; `places` says where sections and keys stand."""
         for section, body in sections.items():
-            where = places.get(str(section), self.source)
+            where = places.get(_name(section), self.source)
             if section not in SECTIONS:
-                self.problems.append(f"{where}: {unknown_section(str(section))}")
+                self.problems.append(f"{where}: {unknown_section(_name(section))}")
             elif isinstance(body, Mapping):
                 for key, value in body.items():
-                    self._set(section, str(key), value, places.get(f"{section}.{key}", where))
+                    name = _name(key)
+                    self._set(section, name, value, places.get(f"{section}.{name}", where))
             elif body is not None:
                 self.problems.append(
                     f"{where}: {section}: expected keys below it, got {shown(body)}"
@@ -83,3 +86,8 @@ class Layers:
         else:
             self.values[name] = value
             self.origins[name] = where
+
+
+def _name(key: Any) -> str:
+    """Return a key as text; one out of a hostile file may be of any kind and length."""
+    return key if isinstance(key, str) and len(key) <= _LONGEST_KEY else shown(key)

@@ -25,6 +25,8 @@ _EXPECTED = {
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
     "too_short": "at least {min_length} value(s)",
+    "too_long": "at most {max_length} value(s)",
+    "value_error": "text without control characters",
     "literal_error": "one of {expected}",
 }
 

@@ -10,14 +10,20 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from sanctl.config.fields import (
+    MOST_CLASSES,
+    Blocks,
     Count,
     Fraction,
     Gpus,
     Index,
+    Kernels,
     Number,
     PerChannel,
+    Pixels,
     Section,
     Text,
+    Widths,
+    Workers,
 )
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -41,7 +47,9 @@ class DataConfig(Section):
     data_name: Text | None = Field(
         default=None, description="Name of the dataset, for titles and for the run's folder."
     )
-    classes: int = Field(ge=2, description="Number of classes; must be that of the data.")
+    classes: int = Field(
+        ge=2, le=MOST_CLASSES, description="Number of classes; must be that of the data."
+    )
     grayscale: bool = Field(
         default=False,
         description="true: images are read with one channel; false: with three (RGB).",
@@ -75,14 +83,24 @@ class DataConfig(Section):
         " 0.229, 0.224, 0.225 for RGB, 0.3081 for grayscale.",
         json_schema_extra={"follows": "DATA.grayscale"},
     )
-    image_size: Count = Field(
+    image_size: Pixels = Field(
         default=224, description="Side of the square that the network sees, in pixels."
     )
-    resize: Count = Field(
+    resize: Pixels = Field(
         default=256,
         description="Short side to which images are resized for evaluation, in pixels, before the"
         " centre of image_size is cut out. Empty: image_size * 8 / 7, which is 256 for 224.",
         json_schema_extra={"follows": "DATA.image_size"},
+    )
+    bad_images: Literal["error", "skip"] = Field(
+        default="error",
+        description="What an image that cannot be read does: error ends the run and names it; skip"
+        " leaves it out, with nothing in its place, and lists it in skipped_images.txt.",
+    )
+    allow_outside: bool = Field(
+        default=False,
+        description="true: index and text files may name images outside data_root; false: such"
+        " paths are refused, since a file from elsewhere may name any file of yours.",
     )
 
     @model_validator(mode="before")
@@ -121,7 +139,7 @@ class TrainConfig(Section):
         description="Family of the network: san (local self-attention), resnet, nl (non-local"
         " blocks), hybrid (a block type per stage). Empty: hybrid where layer_types is given.",
     )
-    layers: list[Count] | None = Field(default=None, description="Number of blocks of each stage.")
+    layers: Blocks | None = Field(default=None, description="Number of blocks of each stage.")
     layer_types: list[Literal["res", "san", "nl"]] | None = Field(
         default=None,
         description="hybrid: block type of each stage; the first stage cannot be nl.",
@@ -130,12 +148,12 @@ class TrainConfig(Section):
         default=None,
         description="Self-attention of san stages: 0 pairwise, 1 patchwise.",
     )
-    widths: list[Count] | None = Field(
+    widths: Widths | None = Field(
         default=None,
         description="hybrid and san: channels of each stage. Empty, for san: the published 64, 256,"
         " 512, 1024, 2048.",
     )
-    kernels: list[Count] | None = Field(
+    kernels: Kernels | None = Field(
         default=None,
         description="san: side of the attention window of each stage, in pixels, odd. Empty: the"
         " published 3, 7, 7, 7, 7.",
@@ -153,7 +171,7 @@ class TrainConfig(Section):
         default=[0],
         description="Indices of the GPUs to train on; where there is no GPU, the CPU trains.",
     )
-    workers: Index = Field(
+    workers: Workers = Field(
         default=4, description="Processes that read and decode images; 0: in the main process."
     )
     batch_size: Count = Field(
@@ -309,7 +327,7 @@ class TestConfig(Section):
     test_gpu: Gpus = Field(
         default=[0], description="Index of the GPU to test on; where there is no GPU, the CPU."
     )
-    test_workers: Index = Field(
+    test_workers: Workers = Field(
         default=4, description="Processes that read and decode images; 0: in the main process."
     )
     batch_size_test: Count = Field(default=100, description="Images per step.")

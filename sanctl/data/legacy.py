@@ -129,11 +129,11 @@ class _NoBytes:
 class _Unpickler(pickle._Unpickler):
     """Knows the three names, no more."""
 
-    # A byte array is allocated before its bytes are read; old packs have none.
+    # A byte array is allocated before its bytes are read; old packs have none, nor sets.
     dispatch = {  # noqa: RUF012 - so declared by the class above
         code: load
         for code, load in pickle._Unpickler.dispatch.items()
-        if code != pickle.BYTEARRAY8[0]
+        if code not in (pickle.BYTEARRAY8 + pickle.ADDITEMS + pickle.FROZENSET)
     }
 
     def __init__(self, stream: _Bounded) -> None:
@@ -146,6 +146,27 @@ class _Unpickler(pickle._Unpickler):
             ("__builtin__", "bytes"): no_bytes,
             ("builtins", "bytes"): no_bytes,
         }
+
+    def load_setitem(self) -> None:
+        self._require_plain_keys(self.stack[-2:-1])
+        super().load_setitem()  # type: ignore[misc]
+
+    def load_setitems(self) -> None:
+        self._require_plain_keys(self.stack[::2])
+        super().load_setitems()  # type: ignore[misc]
+
+    def load_dict(self) -> None:
+        self._require_plain_keys(self.stack[::2])
+        super().load_dict()  # type: ignore[misc]
+
+    dispatch[pickle.DICT[0]] = load_dict
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
+    def _require_plain_keys(self, keys: list[Any]) -> None:
+        # Hashing a tuple that is nested deep enough would run through the end of the stack.
+        if not all(type(key) in (str, int, bytes) for key in keys):
+            raise _Refused("a key of it is neither text nor a number")
 
     def find_class(self, module: str, name: str) -> Any:
         try:

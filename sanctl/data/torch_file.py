@@ -24,6 +24,12 @@ _ALLOCATING = re.compile(
     rb"_rebuild_(?!tensor\n|tensor_v2\n|parameter\n)\w+)\n"
 )
 
+# Hashing such a tuple, as the key of a dict, would run through the end of the stack.
+_BETWEEN = rb"(?:q.|r.{4})?(?:[N)\]}]|K.){0,2}"
+_DEEP_TUPLES = [
+    re.compile(code + rb"(?:" + _BETWEEN + code + rb"){1000}", re.DOTALL)
+    for code in (rb"\x85", rb"\x86", rb"\x87", rb"t")
+]
 _ZIP_START = b"PK\x03\x04"
 
 
@@ -98,6 +104,7 @@ def _inspect_stream(descriptor: int) -> None:
     """Inspect a file of the older kind, whose pickles stand among the tensors' bytes."""
     try:
         with mapped.mmap(descriptor, 0, access=mapped.ACCESS_READ) as data:
+            _refuse_deep_tuples(data)
             if _ALLOCATING.search(data):
                 raise RefusedFileError("it calls functions that no data file needs")
     except ValueError as error:
@@ -107,6 +114,7 @@ def _inspect_stream(descriptor: int) -> None:
 
 
 def _inspect_pickle(data: bytes) -> None:
+    _refuse_deep_tuples(data)
     if not _ALLOCATING.search(data):
         return
     # A path may hold such a line by chance; the operations of the pickle tell for sure.
@@ -115,6 +123,11 @@ def _inspect_pickle(data: bytes) -> None:
             f"\n{str(argument).rpartition(' ')[2]}\n".encode()
         ):
             raise RefusedFileError(f"it calls {str(argument).replace(' ', '.')[:80]}")
+
+
+def _refuse_deep_tuples(data: bytes | mapped.mmap) -> None:
+    if any(pattern.search(data) for pattern in _DEEP_TUPLES):
+        raise RefusedFileError("it nests values too deep")
 
 
 def _inspect_tensors(content: Any, size: int) -> None:
