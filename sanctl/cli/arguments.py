@@ -24,6 +24,12 @@ ImagesPath = Annotated[
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Processes; default: one per core, 0: this one alone.")
 ]
+AllowOutside = Annotated[
+    bool,
+    typer.Option(
+        "--allow-outside", help="Read images outside the index's folder; only if you trust it."
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(

@@ -48,14 +48,19 @@ def count_classes(root: Path, kind: str) -> int:
     return sum(entry.is_dir() for entry in (root / "train").iterdir())
 
 
-def looks_grayscale(root: Path, kind: str, classes: int) -> bool:
+def looks_grayscale(root: Path, kind: str, classes: int, allow_outside: bool = False) -> bool:
     """Return whether training images, looked at here and there, are all without colour.
 
     Raises:
         UserError: The training images cannot be opened.
     """
     data = DataConfig.model_validate(
-        {"data_root": str(root), "dataset_init": kind, "classes": classes}
+        {
+            "data_root": str(root),
+            "dataset_init": kind,
+            "classes": classes,
+            "allow_outside": allow_outside,
+        }
     )
     source = open_source(data, "train")
     chosen = np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int))

@@ -1,5 +1,6 @@
 """The index of a dataset: its classes, and where each image lies (`*_init.pt`)."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -189,10 +190,16 @@ def load_index(path: Path) -> ImageIndex:
 
 def _find_root(samples: list[tuple[str, int]], folder: Path) -> Path:
     probes = [name for name, _ in samples[:: max(1, len(samples) // _PROBES)]]
-    found_from_here = any(Path(name).is_file() for name in probes)
-    if found_from_here and not any((folder / name).is_file() for name in probes):
+    probes = [name for name in probes if not name.startswith("/")]
+    found_from_here = any(is_file(Path(name)) for name in probes)
+    if found_from_here and not any(is_file(folder / name) for name in probes):
         return Path()
     return folder
+
+
+def is_file(path: Path) -> bool:
+    """Return whether a file is there; names that no file can have are no error."""
+    return os.path.isfile(path)  # noqa: PTH113 - pathlib's raises on names that are too long
 
 
 def _checked(payload: Any, path: Path) -> tuple[list[str], list[tuple[str, int]], tuple[str, ...]]:

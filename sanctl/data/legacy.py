@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, ClassVar, NoReturn
 
 from sanctl.errors import UserError
 
@@ -130,7 +130,7 @@ class _Unpickler(pickle._Unpickler):
     """Knows the three names, no more."""
 
     # A byte array is allocated before its bytes are read; old packs have none, nor sets.
-    dispatch = {  # noqa: RUF012 - so declared by the class above
+    dispatch: ClassVar[dict[int, Any]] = {
         code: load
         for code, load in pickle._Unpickler.dispatch.items()
         if code not in (pickle.BYTEARRAY8 + pickle.ADDITEMS + pickle.FROZENSET)
@@ -148,20 +148,23 @@ class _Unpickler(pickle._Unpickler):
         }
 
     def load_setitem(self) -> None:
-        self._require_plain_keys(self.stack[-2:-1])
+        self._require_plain_keys(self._stacked()[-2:-1])
         super().load_setitem()  # type: ignore[misc]
 
     def load_setitems(self) -> None:
-        self._require_plain_keys(self.stack[::2])
+        self._require_plain_keys(self._stacked()[::2])
         super().load_setitems()  # type: ignore[misc]
 
     def load_dict(self) -> None:
-        self._require_plain_keys(self.stack[::2])
+        self._require_plain_keys(self._stacked()[::2])
         super().load_dict()  # type: ignore[misc]
 
     dispatch[pickle.DICT[0]] = load_dict
     dispatch[pickle.SETITEM[0]] = load_setitem
     dispatch[pickle.SETITEMS[0]] = load_setitems
+
+    def _stacked(self) -> list[Any]:
+        return self.stack  # type: ignore[attr-defined]
 
     def _require_plain_keys(self, keys: list[Any]) -> None:
         # Hashing a tuple that is nested deep enough would run through the end of the stack.

@@ -163,10 +163,20 @@ def _kind(entry: os.DirEntry[str]) -> str:
     try:
         if entry.is_dir():
             return "folder"
-        # A pipe with the name of an image would stop whoever opens it; a dangling link is nothing.
-        return "file" if entry.is_file() else "other"
+        # A pipe with the name of an image would stop whoever opens it.
+        is_file = entry.is_file() or _is_broken_link(entry)
     except OSError:  # a link that leads to itself
-        return "other"
+        is_file = _is_broken_link(entry)
+    return "file" if is_file else "other"
+
+
+def _is_broken_link(entry: os.DirEntry[str]) -> bool:
+    """Return whether the entry is a link to nowhere, or round to itself, with an image's name.
+
+    It counts as an image, as with ImageFolder, so that one that got lost is found by name.
+    """
+    is_link = entry.is_symlink() and not os.path.exists(entry.path)  # noqa: PTH110 - never raises
+    return is_link and entry.name.lower().endswith(IMG_EXTENSIONS)
 
 
 def _no_images(source: Path, empty: list[str], classes: int) -> UserError:

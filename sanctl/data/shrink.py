@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from sanctl.data.decode import ImageError, decode_with_format
+from sanctl.data.read import read_image
 
 JPEG_QUALITY = 95
 
@@ -26,11 +27,7 @@ def shrink_file(path: Path, short_side: int) -> Shrunk:
     Raises:
         ImageError: The file is missing, unreadable or damaged.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ImageError(str(path), f"cannot be read ({error.strerror})") from None
-    return shrink(data, short_side, str(path))
+    return shrink(read_image(path), short_side, str(path))
 
 
 def shrink(data: bytes, short_side: int, name: str) -> Shrunk:

@@ -13,14 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sanctl.config.schema import DataConfig
-from sanctl.data.decode import ImageError
 from sanctl.data.index import ImageIndex, index_folder, load_index, require_same_classes
+from sanctl.data.inside import require_inside
 from sanctl.data.packed import open_packed
+from sanctl.data.read import read_image
 from sanctl.data.scan import name_some
 from sanctl.data.txt_mappings import load_txt_mappings
 from sanctl.errors import UserError
 
 Split = Literal["train", "val", "test"]
+
+_ALLOW = "DATA.allow_outside: true (-o DATA.allow_outside=true)"
 
 
 class ImageSource(Protocol):
@@ -90,13 +93,9 @@ class FileSource:
         """The bytes of a file.
 
         Raises:
-            ImageError: The file is missing or cannot be read.
+            ImageError: The file is missing, cannot be read, or is no regular file.
         """
-        path = self.path(index)
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise ImageError(str(path), f"it cannot be read ({error.strerror})") from None
+        return read_image(self.path(index))
 
 
 def open_source(data: DataConfig, split: Split) -> ImageSource:
@@ -108,17 +107,18 @@ def open_source(data: DataConfig, split: Split) -> ImageSource:
 
     Raises:
         UserError: A folder or file is missing or unreadable, a split has no images, a class of
-            the training split has none, or the classes are not as many as DATA.classes.
+            the training split has none, the classes are not as many as DATA.classes, or an image
+            lies outside the folder without DATA.allow_outside.
     """
     root = Path(data.data_root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; set DATA.data_root to the folder of the dataset")
-    source, origin = _OPENERS[data.dataset_init](root, split)
+    source, origin = _OPENERS[data.dataset_init](root, split, data.allow_outside)
     _validate(source, origin, data, split)
     return source
 
 
-def _open_folder(root: Path, split: Split) -> tuple[ImageSource, Path]:
+def _open_folder(root: Path, split: Split, allow_outside: bool) -> tuple[ImageSource, Path]:
     folder = root / split
     if not folder.is_dir():
         raise UserError(
@@ -136,24 +136,26 @@ def _open_folder(root: Path, split: Split) -> tuple[ImageSource, Path]:
     return FileSource(index), folder
 
 
-def _open_index(root: Path, split: Split) -> tuple[ImageSource, Path]:
+def _open_index(root: Path, split: Split, allow_outside: bool) -> tuple[ImageSource, Path]:
     path = root / f"{split}_init.pt"
     if not path.is_file():
         raise UserError(
             f"{path}: no such file; run `sanctl dataset index` and `sanctl dataset split {root}`"
         )
-    return FileSource(load_index(path)), path
+    index = load_index(path)
+    return FileSource(index if allow_outside else require_inside(index, path, _ALLOW)), path
 
 
-def _open_pack(root: Path, split: Split) -> tuple[ImageSource, Path]:
+def _open_pack(root: Path, split: Split, allow_outside: bool) -> tuple[ImageSource, Path]:
     path = root / f"{split}_imgs.pt"
     if not path.is_file():
         raise UserError(f"{path}: no such file; run `sanctl dataset pack {root}`")
     return open_packed(path), path
 
 
-def _open_txt(root: Path, split: Split) -> tuple[ImageSource, Path]:
-    return FileSource(load_txt_mappings(root, split)), root / f"{split}.txt"
+def _open_txt(root: Path, split: Split, allow_outside: bool) -> tuple[ImageSource, Path]:
+    index, path = load_txt_mappings(root, split), root / f"{split}.txt"
+    return FileSource(index if allow_outside else require_inside(index, path, _ALLOW)), path
 
 
 _OPENERS = {

@@ -6,8 +6,10 @@ A line of a split is `path<TAB>class index`, one of the mapping `class name<TAB>
 from collections.abc import Iterator
 from pathlib import Path
 
-from sanctl.data.index import ImageIndex
+from sanctl.data.index import ImageIndex, is_file
 from sanctl.errors import UserError
+
+_MOST_DIGITS = 12
 
 
 def load_txt_mappings(root: Path, split: str) -> ImageIndex:
@@ -40,8 +42,8 @@ def load_txt_mappings(root: Path, split: str) -> ImageIndex:
 
 def _find_root(samples: list[tuple[str, int]], folder: Path) -> Path:
     """The folder that paths start from: that of the files, or else the current one."""
-    from_here = any(Path(name).is_file() for name, _ in samples[:1])
-    return Path() if from_here and not (folder / samples[0][0]).is_file() else folder
+    from_here = any(is_file(Path(name)) for name, _ in samples[:1])
+    return Path() if from_here and not is_file(folder / samples[0][0]) else folder
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str, int]]:
@@ -58,7 +60,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str, int]]:
         text, _, label = line.rstrip("\r").rpartition("\t")
         if not line.strip():
             continue
-        if not text or not label.strip().isdecimal():
+        if not text or not label.strip().isdecimal() or len(label) > _MOST_DIGITS:
             raise UserError(
                 f"{path}, line {number}: must be text, a tab and an index, not {line[:60]!r}"
             )

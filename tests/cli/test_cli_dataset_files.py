@@ -269,7 +269,7 @@ def test_an_earlier_test_part_that_shares_images_is_warned_of(sanctl: Sanctl, ru
     assert load_index(Path("test_init.pt")).classes == ["a"]
 
 
-def test_sample_and_what_it_leaves(sanctl: Sanctl) -> None:
+def test_sample_and_what_it_leaves(sanctl: Sanctl, refused: Refused) -> None:
     write_classes("dataset/big", "abcdef", 10)
     sanctl("index dataset/big")
     said = sanctl("sample big --classes 3 --n 4 --out dataset/mini")
@@ -280,8 +280,14 @@ def test_sample_and_what_it_leaves(sanctl: Sanctl) -> None:
     said = sanctl("sample big --exclude dataset/mini/data_init.pt --out dataset/rest/data_init.pt")
     assert said[0] == "left out 12 images that dataset/mini/data_init.pt lists"
     assert len(load_index(Path("dataset/rest/data_init.pt"))) == 48
-    assert sanctl("split mini --ratio 0.5")[-1] == "next: sanctl dataset pack dataset/mini"
-    sanctl("pack mini")
+    assert (
+        sanctl("split mini --ratio 0.5")[-1]
+        == "next: sanctl dataset pack dataset/mini --allow-outside"
+    )
+    said = refused("pack mini")
+    assert "dataset/mini/train_init.pt: lists an image outside its folder: ../big/" in said
+    assert "--allow-outside" in said
+    sanctl("pack mini --allow-outside")
     assert len(open_packed(Path("dataset/mini/val_imgs.pt"))) == 6
 
 

@@ -75,8 +75,8 @@ def test_depth_two_makes_one_class_of_each_second_level_folder(tmp_path: Path) -
 def test_what_is_hidden_or_no_regular_file_is_left_out(tmp_path: Path) -> None:
     write_tree(tmp_path, ["a/1.png", "a/._1.png", ".cache/x.png", "a/.hidden/2.png"])
     os.mkfifo(tmp_path / "a/pipe.png")
-    (tmp_path / "a/dangling.png").symlink_to("nowhere.png")
-    (tmp_path / "a/self.png").symlink_to("self.png")
+    (tmp_path / "a/dangling.txt").symlink_to("nowhere.txt")
+    (tmp_path / "a/self.txt").symlink_to("self.txt")
     index, ignored = index_folder(tmp_path)
     assert index.samples == [("a/1.png", 0)]
     assert {str(path.relative_to(tmp_path)) for path in ignored} == {
@@ -84,9 +84,19 @@ def test_what_is_hidden_or_no_regular_file_is_left_out(tmp_path: Path) -> None:
         "a/._1.png",
         "a/.hidden",
         "a/pipe.png",
-        "a/dangling.png",
-        "a/self.png",
+        "a/dangling.txt",
+        "a/self.txt",
     }
+
+
+def test_links_to_nowhere_with_the_name_of_an_image_are_images_to_be_missed(tmp_path: Path) -> None:
+    write_tree(tmp_path, ["a/1.png"])
+    (tmp_path / "a/dangling.png").symlink_to("nowhere.png")
+    (tmp_path / "a/self.PNG").symlink_to("self.PNG")
+    index, ignored = index_folder(tmp_path)
+    assert index.samples == [("a/1.png", 0), ("a/dangling.png", 0), ("a/self.PNG", 0)]
+    assert not ignored
+    assert find_non_images(index) == [tmp_path / "a/dangling.png", tmp_path / "a/self.PNG"]
 
 
 def test_links_are_followed_but_never_round_in_a_loop(tmp_path: Path) -> None:

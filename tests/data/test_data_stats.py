@@ -1,5 +1,7 @@
 import csv
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -153,19 +155,24 @@ def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
             write(figures(), tmp_path / "file" / "x")
 
 
+opened = partial(open_parts, allow_outside=True)
+
+
 def test_the_parts_of_every_kind_of_dataset(root: Path, tmp_path: Path) -> None:
     index, _ = index_folder(root)
     lengths = {part: len(source) for part, source in open_parts(root).items()}
     assert lengths == {"all": 70}
 
     save_index(index, tmp_path / "data_init.pt")
-    assert list(open_parts(tmp_path)) == ["all"]
+    with pytest.raises(UserError, match="--allow-outside"):
+        open_parts(tmp_path)
+    assert list(open_parts(tmp_path, allow_outside=True)) == ["all"]
     for part, samples in (("train", range(60)), ("val", range(60, 70))):
         save_index(index.subset(samples), tmp_path / f"{part}_init.pt")
-    lengths = {part: len(source) for part, source in open_parts(tmp_path).items()}
+    lengths = {part: len(source) for part, source in opened(tmp_path).items()}
     assert lengths == {"train": 60, "val": 10}
-    assert list(open_parts(tmp_path / "val_init.pt")) == ["val"]
-    assert len(open_parts(tmp_path / "data_init.pt")["all"]) == 70
+    assert list(opened(tmp_path / "val_init.pt")) == ["val"]
+    assert len(opened(tmp_path / "data_init.pt")["all"]) == 70
 
     packs = tmp_path / "packs"
     pack_index(index, root, packs / "train_imgs.pt", workers=0)
@@ -189,7 +196,9 @@ def test_class_folders_two_levels_deep(root: Path, tmp_path: Path) -> None:
 def test_the_dataset_of_the_current_folder(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_index(index_folder(root)[0], tmp_path / "dataset" / "zoo" / "data_init.pt")
+    images = tmp_path / "dataset" / "zoo" / "images"
+    shutil.copytree(root, images)
+    save_index(index_folder(images)[0], images.parent / "data_init.pt")
     monkeypatch.chdir(tmp_path)
     assert len(open_parts(None)["all"]) == len(open_parts(Path("zoo"))["all"]) == 70
 

@@ -94,12 +94,21 @@ def write_config(
     """
     from sanctl.config.new import compose_new, write_new
 
-    facts = _complete(dataset, given)
+    facts = _complete(dataset, given, _allows_outside(overrides))
     write_new(compose_new(dataset, model, facts, overrides), path, force)
     return facts
 
 
-def _complete(dataset: str, given: "DatasetFacts") -> "DatasetFacts":
+def _allows_outside(overrides: list[str]) -> bool:
+    """Return whether the settings let an index name images outside its folder."""
+    from sanctl.config.layers import Layers
+
+    layers = Layers("override")
+    layers.add_overrides(overrides)
+    return layers.values.get("DATA.allow_outside") is True
+
+
+def _complete(dataset: str, given: "DatasetFacts", allow_outside: bool) -> "DatasetFacts":
     """Add to what the user says what can be seen in the dataset's folder."""
     from dataclasses import replace
 
@@ -125,7 +134,7 @@ def _complete(dataset: str, given: "DatasetFacts") -> "DatasetFacts":
     classes = given.classes or count_classes(root, kind)
     gray = given.grayscale
     if gray is None and not is_preset:
-        gray = looks_grayscale(root, kind, classes)
+        gray = looks_grayscale(root, kind, classes, allow_outside)
     return replace(given, data_root=str(root), dataset_init=kind, classes=classes, grayscale=gray)
 
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from sanctl.cli.arguments import ImagesPath, Workers
+from sanctl.cli.arguments import AllowOutside, ImagesPath, Workers
 
 if TYPE_CHECKING:
     from sanctl.data.check import Copy, Findings
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 def check(
     path: ImagesPath = None,
     workers: Workers = None,
+    allow_outside: AllowOutside = False,
 ) -> None:
     """Read every image: name damaged ones, exact duplicates, and the same image in two parts.
 
@@ -23,7 +24,7 @@ def check(
     from sanctl.data.workers import worker_count
     from sanctl.report.console import out, progress
 
-    parts = open_parts(path)
+    parts = open_parts(path, allow_outside=allow_outside)
     total = sum(len(source) for source in parts.values())
     with progress("check", total=total) as advance:
         findings = check_parts(parts, worker_count(workers, total), advance)

@@ -42,8 +42,9 @@ def index(
         _index_parts(source, parts, depth, out)
         return
     path = _file_of(out, index_home(source))
-    _write({path: _scan(source, depth)})
-    console.print(next_step(path))
+    index = _scan(source, depth)
+    _write({path: index})
+    console.print(next_step(path, index))
 
 
 def _index_parts(source: Path, parts: list[str], depth: int, out: Path | None) -> None:
@@ -65,7 +66,8 @@ def _index_parts(source: Path, parts: list[str], depth: int, out: Path | None) -
     require_same_classes(indexes)
     _write({home / f"{part}_init.pt": index for part, index in indexes.items()})
     if "val" in parts:
-        console.print(f"next: sanctl dataset pack{as_argument(home)}")
+        flag = outside_flag(home, *indexes.values())
+        console.print(f"next: sanctl dataset pack{as_argument(home)}{flag}")
         return
     train, whole = shlex.quote(str(source / "train")), shlex.quote(str(home / "data_init.pt"))
     console.print(
@@ -100,14 +102,23 @@ def _write(indexes: "dict[Path, ImageIndex]") -> None:
         console.print(f"{describe(index)}; wrote {printable(str(path))}")
 
 
-def next_step(path: Path) -> str:
+def next_step(path: Path, index: "ImageIndex") -> str:
     """Return the line that says what to do with a new index."""
     from sanctl.data.locate import SPLIT_INDEXES, WHOLE_INDEX, as_argument
 
     if path.name in SPLIT_INDEXES:
-        return f"next: sanctl dataset pack{as_argument(path.parent)}"
+        flag = outside_flag(path.parent, index)
+        return f"next: sanctl dataset pack{as_argument(path.parent)}{flag}"
     target = as_argument(path.parent if path.name == WHOLE_INDEX else path)
     return f"next: sanctl dataset split --ratio 0.8{target}"
+
+
+def outside_flag(folder: Path, *indexes: "ImageIndex") -> str:
+    """Return the option that reading these indexes in `folder` needs, with a space before."""
+    from sanctl.data.inside import first_outside
+
+    is_inside = all(first_outside(index, folder) is None for index in indexes)
+    return "" if is_inside else " --allow-outside"
 
 
 def describe(index: "ImageIndex") -> str:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sanctl.cli.arguments import IndexPath, Workers
+from sanctl.cli.arguments import AllowOutside, IndexPath, Workers
 
 
 def pack(
@@ -14,6 +14,7 @@ def pack(
         int, typer.Option(min=1, help="Shrink larger images until the short side has these px.")
     ] = 256,
     workers: Workers = None,
+    allow_outside: AllowOutside = False,
 ) -> None:
     """Pack the images of each split into one file that training maps into memory.
 
@@ -21,12 +22,15 @@ def pack(
     larger ones are shrunk and encoded again, JPEG as JPEG, others as PNG, gray as gray.
     """
     from sanctl.data.index import load_index
+    from sanctl.data.inside import require_inside
     from sanctl.data.pack import pack_index
     from sanctl.report.console import out, printable, progress
 
     for source in _indexes(path):
         target = source.with_name(source.name.replace("_init.pt", "_imgs.pt"))
         index = load_index(source)
+        if not allow_outside:
+            require_inside(index, source, "--allow-outside")
         with progress(f"pack {source}", total=len(index)) as advance:
             result = pack_index(index, index.root, target, short_side, workers, advance)
         out.print(

@@ -54,4 +54,4 @@ def sample(
         out = out / WHOLE_INDEX
     save_index(part, out)
     console.print(f"{describe(part)}; wrote {printable(str(out))}")
-    console.print(next_step(out))
+    console.print(next_step(out, part))

@@ -25,7 +25,7 @@ def split(
 
     The same seed and the same images give the same split. The parts lie beside the index.
     """
-    from sanctl.cli.dataset.index import describe
+    from sanctl.cli.dataset.index import describe, outside_flag
     from sanctl.data.index import load_index
     from sanctl.data.locate import SPLIT_INDEXES, as_argument, find_index
     from sanctl.data.split import save_split, split_index
@@ -44,7 +44,8 @@ def split(
     for file, part in zip(written, parts, strict=True):
         out.print(f"{describe(part)}; wrote {printable(str(file))}")
     _warn_of_leftovers(source.parent, parts)
-    out.print(f"next: sanctl dataset pack{as_argument(source.parent)}")
+    flag = outside_flag(source.parent, *parts)
+    out.print(f"next: sanctl dataset pack{as_argument(source.parent)}{flag}")
 
 
 def _warn_of_leftovers(folder: Path, parts: "list[ImageIndex]") -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sanctl.cli.arguments import ImagesPath, Workers
+from sanctl.cli.arguments import AllowOutside, ImagesPath, Workers
 
 if TYPE_CHECKING:
     from sanctl.data.stats import PartStats, Spread
@@ -28,6 +28,7 @@ def stats(
         Path | None, typer.Option(metavar="FILE", help="Write the images per class to a CSV file.")
     ] = None,
     workers: Workers = None,
+    allow_outside: AllowOutside = False,
 ) -> None:
     """Count classes, sizes and formats, and measure mean and deviation of the pixels."""
     from sanctl.data.parts import open_parts
@@ -36,7 +37,7 @@ def stats(
     from sanctl.report.console import out, printable, progress
 
     parts = {}
-    for part, source in open_parts(path, depth).items():
+    for part, source in open_parts(path, depth, allow_outside).items():
         count = worker_count(workers, len(source))
         with progress(f"measure {part}", total=len(source)) as advance:
             parts[part] = measure_source(source, 1 if grayscale else 3, count, advance)
