@@ -110,7 +110,7 @@ def test_and_print(
         messages.print(f"note: {text}")
 
     with progress(f"test {split}", len(source), messages) as advance, log_as_notes(note):
-        result = run_test(config, saved, path, source, split, folder, device, advance)
+        result = run_test(config, saved, path, source, split, folder, device, advance, note)
     epoch = f" (epoch {result.epoch})" if result.epoch else ""
     out.print(f"{path}{epoch} on {split} images:")
     out.print()

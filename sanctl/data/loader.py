@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import default_collate
 
 from sanctl.config.schema import DataConfig
-from sanctl.data.decode import decode_image
+from sanctl.data.decode import ImageError, decode_image
 from sanctl.data.sampler import EpochSampler, Key, sample_seed
 from sanctl.data.source import ImageSource
 from sanctl.data.transforms import Transform, eval_transform, train_transform
@@ -20,12 +20,25 @@ from sanctl.data.workers import Workers
 from sanctl.errors import UserError
 
 
+class Skipped(NamedTuple):
+    """An image that was left out: its number, what it is called, and what is wrong with it."""
+
+    number: int
+    name: str
+    reason: str
+
+
 class Batch(NamedTuple):
-    """Images of one step: uint8 (N, C, H, W), their classes and their numbers: int64 (N,)."""
+    """Images of one step: uint8 (N, C, H, W), their classes and their numbers: int64 (N,).
+
+    Images that cannot be read, where they do not end the run, are in `skipped` and nowhere else:
+    N is smaller by their number, and may be 0.
+    """
 
     images: torch.Tensor
     targets: torch.Tensor
     indices: torch.Tensor
+    skipped: tuple[Skipped, ...] = ()
 
 
 class BatchDataset:
@@ -36,31 +49,44 @@ class BatchDataset:
         transform: Applied to each image.
         channels: 1 or 3.
         seed: Of the random draws; None where the transform makes none.
+        skip: Whether an image that cannot be read is left out instead of being an error.
     """
 
     def __init__(
-        self, source: ImageSource, transform: Transform, channels: int, seed: int | None
+        self,
+        source: ImageSource,
+        transform: Transform,
+        channels: int,
+        seed: int | None,
+        skip: bool = False,
     ) -> None:
         self._source = source
         self._transform = transform
         self._channels = channels
         self._seed = seed
+        self._skip = skip
 
     def __getitem__(self, keys: list[Key]) -> Batch | UserError:
         """The batch, or the error that names the image which cannot be read.
 
         The error is returned, not raised, as `Workers` wants it.
         """
-        indices = [index for _, index in keys]
-        try:
-            # Transforms draw from the default generator: it is lent to each sample with a seed of
-            # its own, and the process gets its own state back.
-            with _one_thread(), torch.random.fork_rng(devices=[]):
-                images = default_collate([self._image(*key) for key in keys])
-        except UserError as error:
-            return error
-        targets = torch.from_numpy(self._source.targets[indices])
-        return Batch(images, targets, torch.tensor(indices))
+        images, indices, skipped = [], [], []
+        # Transforms draw from the default generator: it is lent to each sample with a seed of its
+        # own, and the process gets its own state back.
+        with _one_thread(), torch.random.fork_rng(devices=[]):
+            for epoch, index in keys:
+                try:
+                    images.append(self._image(epoch, index))
+                    indices.append(index)
+                except ImageError as error:
+                    if not self._skip:
+                        return error
+                    skipped.append(Skipped(index, error.name, error.reason))
+        numbers = torch.tensor(indices, dtype=torch.int64)
+        targets = torch.from_numpy(self._source.targets)[numbers]
+        stacked = default_collate(images) if images else torch.empty(0, dtype=torch.uint8)
+        return Batch(stacked, targets, numbers, tuple(skipped))
 
     def _image(self, epoch: int, index: int) -> torch.Tensor:
         pixels = decode_image(self._source.read(index), self._channels, self._source.name(index))
@@ -132,7 +158,9 @@ def train_loader(
         workers: Processes that read and decode; 0 does so in this process.
         seed: Not negative; order and draws follow from it.
     """
-    dataset = BatchDataset(source, train_transform(data.image_size), data.in_chans, seed)
+    dataset = BatchDataset(
+        source, train_transform(data.image_size), data.in_chans, seed, _skips(data)
+    )
     sampler = EpochSampler(len(source), batch_size, seed)
     return TrainLoader(_start(dataset, sampler, workers), sampler)
 
@@ -145,9 +173,13 @@ def eval_loader(
     Arguments as those of `train_loader`.
     """
     transform = eval_transform(data.resize, data.image_size)
-    dataset = BatchDataset(source, transform, data.in_chans, seed=None)
+    dataset = BatchDataset(source, transform, data.in_chans, seed=None, skip=_skips(data))
     sampler = EpochSampler(len(source), batch_size, seed=None)
     return EvalLoader(_start(dataset, sampler, workers), len(sampler))
+
+
+def _skips(data: DataConfig) -> bool:
+    return data.bad_images == "skip"
 
 
 def _start(dataset: BatchDataset, sampler: EpochSampler, workers: int) -> Workers[list[Key], Batch]:

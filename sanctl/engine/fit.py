@@ -11,6 +11,7 @@ from sanctl.engine.interrupt import InterruptedRunError, StopRequest
 from sanctl.engine.losses import smoothed_cross_entropy
 from sanctl.engine.metrics import ClassificationMetrics
 from sanctl.engine.run import Run
+from sanctl.engine.skipped import SkippedImages, too_small_to_normalise
 from sanctl.engine.steps import TrainStep, infer
 from sanctl.engine.watch import DivergedError, LossWatch, StepClock, is_finite
 from sanctl.report.lognotes import log_as_notes
@@ -81,7 +82,12 @@ def _train_epoch(run: Run, reporter: Reporter, stop: StopRequest) -> tuple[Score
     watch, clock = LossWatch(), StepClock()
     reporter.epoch_started(epoch, steps, state.step)
     state.model.train()
-    for batch in clock.timed(run.train.epoch(epoch, state.step)):
+    skipped = SkippedImages(run.folder.root, "train", reporter.note, whole=state.step == 0)
+    too_small = too_small_to_normalise(state.model, run.config, run.device)
+    for batch in clock.timed(skipped.usable(run.train.epoch(epoch, state.step), too_small)):
+        if batch is None:
+            state.step += 1
+            continue
         images, targets = run.pipe(batch)
         logits, loss = train_step(images, targets, epoch, state.step)
         metrics.update(logits, targets, loss)
@@ -112,7 +118,8 @@ def _evaluate_epoch(run: Run, reporter: Reporter, stop: StopRequest) -> Scores:
     forward = run.forward if run.state.ema is None else run.state.ema.module
     evaluated: nn.Module = run.state.evaluated
     evaluated.eval()
-    results = infer(forward, clock.timed(run.val), run.pipe, run.precision)
+    batches = SkippedImages(run.folder.root, "val", reporter.note).usable(run.val)
+    results = infer(forward, clock.timed(filter(None, batches)), run.pipe, run.precision)
     for step, (batch, logits, targets) in enumerate(results, start=1):
         metrics.update(
             logits, targets, smoothed_cross_entropy(logits, targets, 0.0, train.ignore_label)

@@ -16,12 +16,13 @@ from sanctl.engine.checkpoint import Checkpoint, load_checkpoint
 from sanctl.engine.device import Precision, choose_device, describe_device, place, prepare_backends
 from sanctl.engine.resume import Start, find_start, require_continuable
 from sanctl.engine.runfolder import RunFolder
+from sanctl.engine.skipped import needs_several_images
 from sanctl.engine.state import TrainState, load_weights
 from sanctl.engine.steps import Forward, InputPipe
 from sanctl.errors import UserError
 from sanctl.report.lognotes import log_as_notes
 from sanctl.report.records import RunInfo
-from sanctl_models import Network, build_model, min_input_size
+from sanctl_models import build_model, min_input_size
 
 NETWORK_KEYS = (
     "model",
@@ -213,7 +214,6 @@ def _open_state(
     return state
 
 
-@torch.no_grad()
 def _require_images_to_normalise(config: Config, model: nn.Module, images: int) -> None:
     """Refuse a step of one image where the last feature maps are single pixels.
 
@@ -225,10 +225,9 @@ def _require_images_to_normalise(config: Config, model: nn.Module, images: int) 
     parts = (part for size in sizes for part in torch.arange(size).chunk(train.accumulate))
     if all(len(part) > 1 for part in parts):
         return
-    assert isinstance(model, Network)
     side = config.DATA.image_size
     image = next(model.parameters()).new_zeros(1, config.DATA.in_chans, side, side)
-    if model.eval().feature_maps(image).shape[2:].numel() == 1:
+    if needs_several_images(model, image):
         raise UserError(
             f"TRAIN.batch_size {train.batch_size}, TRAIN.accumulate {train.accumulate}: of "
             f"{images} training images one would be normalised alone, which needs feature maps "

@@ -19,6 +19,7 @@ from sanctl.engine.losses import smoothed_cross_entropy
 from sanctl.engine.metrics import ClassificationMetrics, class_scores
 from sanctl.engine.resume import require_same_classes
 from sanctl.engine.run import build_network, input_pipe
+from sanctl.engine.skipped import SkippedImages
 from sanctl.engine.state import load_weights
 from sanctl.engine.steps import infer
 from sanctl.errors import SanctlError, UserError
@@ -32,20 +33,22 @@ _ODD_NAMES: Final = "surrogateescape"
 
 @dataclass
 class Predictions:
-    """What a network said of every image of a split, by the image's number.
+    """What a network said of the images of a split.
 
     Attributes:
+        numbers: (N,) int64, the images' numbers; those that cannot be read are not among them.
         targets: (N,) int64, true classes.
         top: (N, up to 5) int64, predicted classes, the likeliest first.
         confidence: (N,) float32, the softmax of the first.
     """
 
+    numbers: np.ndarray
     targets: np.ndarray
     top: np.ndarray
     confidence: np.ndarray
 
     def worst(self, ignore_label: int) -> np.ndarray:
-        """Numbers of the mistakes, the most confident first."""
+        """Positions of the mistakes, the most confident first."""
         counted = self.targets != ignore_label
         wrong = np.flatnonzero((self.top[:, 0] != self.targets) & counted)
         return wrong[np.argsort(-self.confidence[wrong], kind="stable")]
@@ -60,6 +63,7 @@ class TestResult:
         split: which images.
         overall, per_class: the scores.
         mistakes: how many images were given another class.
+        skipped: how many images were left out since they cannot be read.
         folder: where per_class.csv, predictions.csv and the pictures lie.
     """
 
@@ -71,6 +75,7 @@ class TestResult:
     overall: OverallScore
     per_class: list[ClassScore]
     mistakes: int
+    skipped: int
     folder: Path
 
 
@@ -93,6 +98,7 @@ def run_test(
     folder: Path,
     device: torch.device,
     on_images: Callable[[int], None],
+    note: Callable[[str], None],
 ) -> TestResult:
     """Test a checkpoint and write the results.
 
@@ -105,8 +111,10 @@ def run_test(
         folder: where to write; made if missing.
         device: what to compute on.
         on_images: called with the number of images after each step.
+        note: takes a sentence for the user.
 
     Raises:
+        SanctlError: no image can be read.
         UserError: the checkpoint does not fit the configuration or the images.
     """
     require_same_classes(saved, source.classes, path)
@@ -116,11 +124,13 @@ def run_test(
     model = place(model, device, config.TRAIN.channels_last).eval()
 
     metrics = ClassificationMetrics(len(source.classes), config.TRAIN.ignore_label, device)
-    predictions = _predict(config, model, source, device, metrics, on_images)
+    skipped = SkippedImages(folder, split, note)
+    predictions = _predict(config, model, source, device, metrics, on_images, skipped)
     overall, per_class = _scores(metrics, predictions, source.classes)
     worst = predictions.worst(config.TRAIN.ignore_label)
     _write(folder, config, source, metrics, predictions, worst, per_class)
-    return TestResult(path, saved.epoch, split, overall, per_class, len(worst), folder)
+    left_out = len(skipped.numbers)
+    return TestResult(path, saved.epoch, split, overall, per_class, len(worst), left_out, folder)
 
 
 def _predict(
@@ -130,6 +140,7 @@ def _predict(
     device: torch.device,
     metrics: ClassificationMetrics,
     on_images: Callable[[int], None],
+    skipped: SkippedImages,
 ) -> Predictions:
     batches = eval_loader(
         source,
@@ -144,7 +155,8 @@ def _predict(
     precision = Precision.choose(config.TRAIN.amp, device)
     pipe = input_pipe(config, device)
     ignore = config.TRAIN.ignore_label
-    for batch, logits, targets in infer(model, batches, pipe, precision):
+    usable = filter(None, skipped.usable(batches))
+    for batch, logits, targets in infer(model, usable, pipe, precision):
         metrics.update(logits, targets, smoothed_cross_entropy(logits, targets, 0.0, ignore))
         share, classes = logits.softmax(1).topk(shown, dim=1)
         rows = batch.indices.numpy()
@@ -152,9 +164,10 @@ def _predict(
         top[rows] = classes.cpu().numpy()
         confidence[rows] = share[:, 0].cpu().numpy()
         on_images(len(rows))
-    if not (seen == 1).all():
-        raise SanctlError(f"{(seen != 1).sum()} images were not tested exactly once")
-    return Predictions(source.targets, top, confidence)
+    numbers = np.flatnonzero(seen)
+    if seen.max() > 1 or len(numbers) + len(skipped.numbers) != len(source):
+        raise SanctlError("not every image was tested exactly once")
+    return Predictions(numbers, source.targets[numbers], top[numbers], confidence[numbers])
 
 
 def _scores(
@@ -207,7 +220,7 @@ def _write(
     ).to_csv(folder / "per_class.csv", index=False, errors=_ODD_NAMES)
     pd.DataFrame(
         {
-            "image": [source.name(index) for index in range(len(source))],
+            "image": [source.name(index) for index in predictions.numbers],
             "true": [_name(classes, target) for target in predictions.targets],
             "predicted": [classes[index] for index in predictions.top[:, 0]],
             "confidence": predictions.confidence,
@@ -226,7 +239,7 @@ def _worst_mistakes(
     dataset = BatchDataset(source, transform, config.DATA.in_chans, seed=None)
     mistakes = []
     for index in worst[:SHOWN_MISTAKES].tolist():
-        batch = dataset[[(0, index)]]
+        batch = dataset[[(0, int(predictions.numbers[index]))]]
         if isinstance(batch, UserError):  # readable a moment ago: the file was changed meanwhile
             raise batch
         mistakes.append(

@@ -56,14 +56,17 @@ def config(grayscale: bool = False) -> DataConfig:
 
 
 def together(batches: Iterable[Batch]) -> Batch:
-    parts = [torch.cat(part) for part in zip(*batches, strict=True)]
-    return Batch(*parts)
+    images, targets, indices, skipped = zip(*batches, strict=True)
+    assert not any(skipped)
+    return Batch(torch.cat(images), torch.cat(targets), torch.cat(indices))
 
 
 def assert_equal(one: Iterable[Batch], other: Iterable[Batch]) -> None:
     for a, b in zip(one, other, strict=True):
-        for x, y in zip(a, b, strict=True):
-            assert torch.equal(x, y)
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.targets, b.targets)
+        assert torch.equal(a.indices, b.indices)
+        assert a.skipped == b.skipped
 
 
 @pytest.mark.parametrize("grayscale", [False, True])

@@ -30,7 +30,7 @@ def run_on(config: Config, saved: Checkpoint, folder: Path) -> TestResult:
     source, split = open_test_source(config)
     seen: list[int] = []
     result = run_test(
-        config, saved, Path("x.pth"), source, split, folder, CPU, lambda n: seen.append(n)
+        config, saved, Path("x.pth"), source, split, folder, CPU, seen.append, pytest.fail
     )
     assert sum(seen) == len(source)
     return result
@@ -140,6 +140,7 @@ def test_mistakes_are_drawn_the_most_confident_first(trained: Place, tmp_path: P
     from sanctl.engine.testing import Predictions
 
     predictions = Predictions(
+        numbers=np.arange(5),
         targets=np.array([0, 1, 2, 0, 9]),
         top=np.array([[1, 0], [1, 0], [0, 1], [2, 1], [0, 1]]),
         confidence=np.array([0.5, 0.9, 0.8, 0.6, 1.0], np.float32),
