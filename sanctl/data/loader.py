@@ -81,7 +81,7 @@ class BatchDataset:
                     indices.append(index)
                 except ImageError as error:
                     if not self._skip:
-                        return error
+                        return UserError(f"{error}; or leave it out: -o DATA.bad_images=skip")
                     skipped.append(Skipped(index, error.name, error.reason))
         numbers = torch.tensor(indices, dtype=torch.int64)
         targets = torch.from_numpy(self._source.targets)[numbers]

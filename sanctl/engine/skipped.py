@@ -82,7 +82,7 @@ class SkippedImages:
             raise SanctlError(
                 f"none of the {self._part} images can be read; {self._path} says why of each"
             )
-        alone = f"; with them {self._alone} good ones, left alone in a batch" if self._alone else ""
+        alone = f"; with them {self._alone} left alone in a batch" if self._alone else ""
         self._note(
             f"{self._part}: {self.used} images used, {len(self.numbers)} left out that cannot be "
             f"read, listed in {self._path}{alone}"
