@@ -1,7 +1,7 @@
 """`sanctl test`: score a checkpoint, overall and class by class."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -49,6 +49,8 @@ def test(
     saved = None if checkpoint is None else load_checkpoint(checkpoint)
     config = _configuration(dataset, name, checkpoint, saved, override or [])
     folder = RunFolder(config.run_dir)
+    if dataset is None and checkpoint is not None and out is None:
+        _require_own_folder(folder.root, checkpoint)
     path = checkpoint or Path(config.TEST.model_path or folder.best)
     target = choose_device(device, config.TEST.test_gpu)
     test_and_print(config, path, out or folder.test, target, saved)
@@ -74,7 +76,31 @@ def _configuration(
             f"{checkpoint}: carries no configuration; name its dataset and network: "
             f"sanctl test DATASET NAME --checkpoint {checkpoint}"
         )
-    return parse_config(saved.config, str(checkpoint), overrides)
+    return parse_config(_without_consent(saved.config), str(checkpoint), overrides)
+
+
+def _without_consent(config: dict[str, Any]) -> dict[str, Any]:
+    """Drop DATA.allow_outside: who wrote a checkpoint cannot allow it in the user's name."""
+    data = config.get("DATA")
+    if not isinstance(data, dict):
+        return config
+    return config | {"DATA": {key: data[key] for key in data if key != "allow_outside"}}
+
+
+def _require_own_folder(root: Path, checkpoint: Path) -> None:
+    """Refuse to write where a checkpoint says, unless it lies there or that is a place here.
+
+    Raises:
+        UserError: It is another place.
+    """
+    from sanctl.errors import UserError
+
+    is_its_own = checkpoint.resolve().parent.parent == root.resolve()
+    if not is_its_own and not root.resolve().is_relative_to(Path.cwd()):
+        raise UserError(
+            f"{checkpoint}: would write its results to {root}, outside the current folder; choose "
+            "where to with --out DIR"
+        )
 
 
 def test_and_print(

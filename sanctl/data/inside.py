@@ -48,6 +48,6 @@ def require_inside(index: ImageIndex, file: Path, mend: str) -> ImageIndex:
     if name is None:
         return index
     raise UserError(
-        f"{file}: lists an image outside its folder: {name[:200]}; if you trust the file, allow it "
-        f"with {mend}"
+        f"{file}: lists an image outside its folder: {name[:200]!r}; if you trust the file, "
+        f"allow it with {mend}"
     )

@@ -285,7 +285,7 @@ def test_sample_and_what_it_leaves(sanctl: Sanctl, refused: Refused) -> None:
         == "next: sanctl dataset pack dataset/mini --allow-outside"
     )
     refusal = refused("pack mini")
-    assert "dataset/mini/train_init.pt: lists an image outside its folder: ../big/" in refusal
+    assert "dataset/mini/train_init.pt: lists an image outside its folder: '../big/" in refusal
     assert "--allow-outside" in refusal
     sanctl("pack mini --allow-outside")
     assert len(open_packed(Path("dataset/mini/val_imgs.pt"))) == 6

@@ -11,6 +11,8 @@ import numpy as np
 KINDS = ("zero bytes", "truncated", "text", "bomb", "symlink loop")
 BOMB_SIDE = 50_000
 CLASSES = 10
+PNG = cv2.imencode(".png", np.full((2, 2), 200, np.uint8))[1].tobytes()
+"""A whole image of 2 x 2 px."""
 
 
 def write_images(root: Path, count: int, bad: int = 0, seed: int = 0) -> dict[Path, str]:

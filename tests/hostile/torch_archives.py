@@ -41,13 +41,17 @@ def tensor(
     offset: int = 0,
     size: tuple[int, ...] = (4,),
     stride: tuple[int, ...] = (1,),
+    older: bool = False,
 ) -> bytes:
-    """Opcodes that push a tensor on a storage that is said to hold `held` elements."""
+    """Opcodes that push a tensor on a storage that is said to hold `held` elements.
+
+    Files of the older kind name a storage with one item more.
+    """
     kind = f"ctorch\n{storage}\n".encode()
-    persistent = b"(" + text("storage") + kind + text(key) + text("cpu") + number(held) + b"tQ"
+    persistent = b"(" + text("storage") + kind + text(key) + text("cpu") + number(held)
     return call(
         "torch._utils _rebuild_tensor_v2",
-        persistent,
+        persistent + (b"NtQ" if older else b"tQ"),
         number(offset),
         numbers(*size),
         numbers(*stride),
@@ -58,6 +62,11 @@ def tensor(
 
 def pickled(code: bytes) -> bytes:
     return b"\x80\x02" + code + b"."
+
+
+def nested(depth: int) -> bytes:
+    """Opcodes that push tuples in tuples."""
+    return b")" + b"\x85" * depth
 
 
 def archive(
