@@ -1,9 +1,10 @@
 # Two commands: `make demo` (install, then the whole story on drawings made here) and `make test`.
+# `make torture` measures the promises of robustness, in less than half an hour on two cores.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test clean
+.PHONY: demo test torture clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sanctl demo
@@ -14,6 +15,9 @@ test: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	# A process for every core; more threads than cores would only wait for each other.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+
+torture: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture
 
 # The stamps make a second run skip pip altogether. torch and torchvision come together from
 # the package index, as sanctl's dependencies: a CPU-only torch does not fit the index's torchvision.
