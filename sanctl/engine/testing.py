@@ -19,7 +19,7 @@ from sanctl.engine.losses import smoothed_cross_entropy
 from sanctl.engine.metrics import ClassificationMetrics, class_scores
 from sanctl.engine.resume import require_same_classes
 from sanctl.engine.run import build_network, input_pipe
-from sanctl.engine.skipped import SkippedImages
+from sanctl.engine.skipped import FILE, SkippedImages
 from sanctl.engine.state import load_weights
 from sanctl.engine.steps import infer
 from sanctl.errors import SanctlError, UserError
@@ -63,7 +63,6 @@ class TestResult:
         split: which images.
         overall, per_class: the scores.
         mistakes: how many images were given another class.
-        skipped: how many images were left out since they cannot be read.
         folder: where per_class.csv, predictions.csv and the pictures lie.
     """
 
@@ -75,7 +74,6 @@ class TestResult:
     overall: OverallScore
     per_class: list[ClassScore]
     mistakes: int
-    skipped: int
     folder: Path
 
 
@@ -124,13 +122,13 @@ def run_test(
     model = place(model, device, config.TRAIN.channels_last).eval()
 
     metrics = ClassificationMetrics(len(source.classes), config.TRAIN.ignore_label, device)
+    (folder / FILE).unlink(missing_ok=True)  # of an earlier test
     skipped = SkippedImages(folder, split, note)
     predictions = _predict(config, model, source, device, metrics, on_images, skipped)
     overall, per_class = _scores(metrics, predictions, source.classes)
     worst = predictions.worst(config.TRAIN.ignore_label)
     _write(folder, config, source, metrics, predictions, worst, per_class)
-    left_out = len(skipped.numbers)
-    return TestResult(path, saved.epoch, split, overall, per_class, len(worst), left_out, folder)
+    return TestResult(path, saved.epoch, split, overall, per_class, len(worst), folder)
 
 
 def _predict(

@@ -41,7 +41,7 @@ def _print_findings(findings: "Findings") -> None:
     from sanctl.report.console import out, printable
 
     for part, name, reason in findings.damaged:
-        out.print(f"damaged ({part}): {printable(name)}: {reason}")
+        out.print(f"damaged ({part}): {printable(name)}: {printable(reason)}")
     for group in findings.duplicates:
         names = " = ".join(printable(copy.name) for copy in group)
         out.print(f"duplicate ({group[0].part}): {names}{_labels(group)}")
