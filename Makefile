@@ -25,8 +25,18 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet --editable '.[dev]'
+# With LOCK=1, as continuous integration has it, exactly the files of requirements-dev.lock, by their
+# hashes, where they are for: Linux on x86-64 with Python 3.11.
+FITS_LOCK = import platform, sys; sys.exit((*sys.version_info[:2], platform.system(), \
+	platform.machine()) != (3, 11, "Linux", "x86_64"))
+
+$(VENV)/.installed-dev: pyproject.toml requirements-dev.lock | $(BIN)/python
+	if [ -n "$(LOCK)" ] && $(BIN)/python -c '$(FITS_LOCK)'; then \
+		$(BIN)/pip install --quiet --require-hashes --requirement requirements-dev.lock && \
+		$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .; \
+	else \
+		$(BIN)/pip install --quiet --editable '.[dev]'; \
+	fi
 	touch $@ $(VENV)/.installed
 
 $(BIN)/python:
