@@ -68,6 +68,48 @@ class StepRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuReading:
+    """What a GPU says of itself; None where it does not tell.
+
+    Attributes:
+        utilisation: Percent of the last moments in which a kernel ran.
+        memory_used: Memory in use, by all processes, in bytes.
+        memory_total: Its memory in bytes.
+        power: Watts.
+        temperature: Degrees Celsius.
+    """
+
+    utilisation: float | None
+    memory_used: int | None
+    memory_total: int | None
+    power: float | None
+    temperature: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RankRecord:
+    """What one process of a run did lately.
+
+    Attributes:
+        rank: Its number among all processes of the run, from 0.
+        host: Name of its machine.
+        device: Its device as text (`CPU, 2 threads`, `NVIDIA H200 (cuda:0)`).
+        step: Steps it has done of this epoch.
+        images_per_s: Images per second over its last steps.
+        data_wait: Share of their time spent waiting for data, 0 to 1.
+        gpu: The state of its GPU; None on a CPU.
+    """
+
+    rank: int
+    host: str
+    device: str
+    step: int
+    images_per_s: float
+    data_wait: float
+    gpu: GpuReading | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EpochRecord:
     """One finished epoch.
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from sanctl.report.records import EpochRecord, RunInfo, RunSummary, StepRecord
+from sanctl.report.records import EpochRecord, RankRecord, RunInfo, RunSummary, StepRecord
 
 
 class Reporter:
@@ -26,6 +26,9 @@ class Reporter:
 
     def step(self, record: StepRecord) -> None:
         """Hear of one training step."""
+
+    def ranks(self, records: Sequence[RankRecord]) -> None:
+        """Hear, every second or so, what each process of the run did lately, in rank order."""
 
     def evaluation_started(self, steps: int) -> None:
         """Hear that an evaluation of `steps` steps begins."""
@@ -68,6 +71,11 @@ class CompositeReporter(Reporter):
         """Pass on."""
         for reporter in self._reporters:
             reporter.step(record)
+
+    def ranks(self, records: Sequence[RankRecord]) -> None:
+        """Pass on."""
+        for reporter in self._reporters:
+            reporter.ranks(records)
 
     def evaluation_started(self, steps: int) -> None:
         """Pass on."""
