@@ -225,10 +225,17 @@ def _unchanged(result: Any) -> Any:
 
 
 def _prepare(_: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the main one ends its workers in good order.
+    # Ctrl-C reaches every process of the terminal, and the signals of a cluster's scheduler every
+    # process of a job; the main one ends its workers in good order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _ignore_once)
     sys.excepthook = _report_unless_left
     cv2.setNumThreads(0)
+
+
+def _ignore_once(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)  # or nobody could end a worker that does not listen
 
 
 def _report_unless_left(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sanctl.config.load import LoadedConfig
 from sanctl.config.schema import Config
@@ -18,6 +18,7 @@ from sanctl.engine.resume import Start, find_start, require_continuable
 from sanctl.engine.runfolder import RunFolder
 from sanctl.engine.state import TrainState, load_weights
 from sanctl.engine.steps import Forward, InputPipe
+from sanctl.engine.team import ALONE, Team
 from sanctl.errors import UserError
 from sanctl.report.lognotes import log_as_notes
 from sanctl.report.records import RunInfo
@@ -46,7 +47,9 @@ class Run:
         classes: class names by index.
         device, precision: what it computes on, and in which arithmetic.
         state: what training changes.
+        team: the processes that train together.
         forward: the network, compiled or not.
+        replica: what each process trains of it: the network itself where there is one process.
         pipe: brings batches to the device.
         train, train_images: the training batches, and of how many images.
         val, val_images: the same for validation; None and 0 where the run does not evaluate.
@@ -60,8 +63,10 @@ class Run:
     classes: list[str]
     device: torch.device
     precision: Precision
+    team: Team
     state: TrainState
     forward: Forward
+    replica: Forward
     pipe: InputPipe
     train: TrainLoader
     train_images: int
@@ -95,7 +100,7 @@ class Run:
             classes=len(self.classes),
             train_images=self.train_images,
             val_images=self.val_images,
-            device=describe_device(self.device),
+            device=_describe(self.team, self.device),
             precision=str(self.precision),
             epochs=train.epochs,
             first_epoch=self.state.epoch + 1,
@@ -105,7 +110,9 @@ class Run:
         )
 
 
-def open_run(loaded: LoadedConfig, *, device: str | None, resume: str | None) -> Run:
+def open_run(
+    loaded: LoadedConfig, *, device: str | None, resume: str | None, team: Team = ALONE
+) -> Run:
     """Put a run together without writing anything.
 
     Args:
@@ -113,6 +120,7 @@ def open_run(loaded: LoadedConfig, *, device: str | None, resume: str | None) ->
         device: cpu, cuda, cuda:N, or None to choose.
         resume: a checkpoint's path, "auto" for the newest of the run's folder, or None for what
             TRAIN.resume says.
+        team: the processes that train together, each of which calls this.
 
     Raises:
         UserError: data, configuration, checkpoint or device do not fit.
@@ -120,24 +128,23 @@ def open_run(loaded: LoadedConfig, *, device: str | None, resume: str | None) ->
     notes = list(loaded.notes)
     folder = RunFolder(loaded.run_dir)
     start = find_start(folder, resume or loaded.config.TRAIN.resume, notes)
-    config = _with_seed(loaded.config, start, notes)
+    team.require_same("the checkpoint to go on from", None if start is None else start.position)
+    config = _with_seed(loaded.config, start, notes, team)
     target = choose_device(device, config.TRAIN.train_gpu)
     precision = Precision.choose(config.TRAIN.amp, target)
     if config.TRAIN.amp and precision.autocast_dtype is None:
         notes.append("TRAIN.amp has no effect on a CPU: training in float32")
 
-    if target.type == "cuda" and len(config.TRAIN.train_gpu) > 1:
-        notes.append(f"TRAIN.train_gpu lists several GPUs, of which this run uses one: {target}")
-
     train_source = open_source(config.DATA, "train")
     val_source = open_source(config.DATA, "val") if config.TRAIN.evaluate else None
     _require_same_classes(train_source, val_source)
-    train = _open_train(config, train_source)
+    train = _open_train(config, train_source, team)
     if start is not None:
         require_continuable(start, config, train_source.classes, len(train))
-    state = _open_state(config, target, precision, start)
+    state = _open_state(config, target, precision, start, team)
     with log_as_notes(notes.append):
-        _require_images_to_normalise(config, state.model, len(train_source))
+        _require_images_to_normalise(config, state.model, len(train_source), team)
+    forward, replica = _open_forward(config, state.model, target, team)
     return Run(
         config=config,
         dataset=loaded.dataset,
@@ -146,12 +153,14 @@ def open_run(loaded: LoadedConfig, *, device: str | None, resume: str | None) ->
         classes=train_source.classes,
         device=target,
         precision=precision,
+        team=team,
         state=state,
-        forward=torch.compile(state.model) if config.TRAIN.compile else state.model,
+        forward=forward,
+        replica=replica,
         pipe=input_pipe(config, target),
         train=train,
         train_images=len(train_source),
-        val=_open_val(config, val_source),
+        val=_open_val(config, val_source, team),
         val_images=0 if val_source is None else len(val_source),
         notes=notes,
     )
@@ -185,13 +194,13 @@ def input_pipe(config: Config, device: torch.device) -> InputPipe:
     return InputPipe(normalizer, device, config.TRAIN.channels_last)
 
 
-def _with_seed(config: Config, start: Start | None, notes: list[str]) -> Config:
+def _with_seed(config: Config, start: Start | None, notes: list[str], team: Team) -> Config:
     """Settle the seed: the configuration's, the interrupted run's, or a new one."""
     if config.TRAIN.manual_seed is not None:
         return config
     seed = None if start is None else start.setting("manual_seed")
     if seed is None:
-        seed = secrets.randbelow(2**31)
+        seed = team.first_says("seed", secrets.randbelow(2**31))
         notes.append(f"seed {seed} (to repeat the run: -o TRAIN.manual_seed={seed})")
     return config.model_copy(
         update={"TRAIN": config.TRAIN.model_copy(update={"manual_seed": seed})}
@@ -199,11 +208,16 @@ def _with_seed(config: Config, start: Start | None, notes: list[str]) -> Config:
 
 
 def _open_state(
-    config: Config, device: torch.device, precision: Precision, start: Start | None
+    config: Config, device: torch.device, precision: Precision, start: Start | None, team: Team
 ) -> TrainState:
     """The network and its optimiser: fresh, from initial weights, or from a checkpoint."""
     prepare_backends(config.TRAIN, device)
-    model = place(build_network(config), device, config.TRAIN.channels_last)
+    model = build_network(config)
+    if config.TRAIN.sync_bn and team.size > 1:
+        if device.type != "cuda":
+            raise UserError("TRAIN.sync_bn: only GPUs have it; leave it out on CPUs")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = place(model, device, config.TRAIN.channels_last)
     if start is None and config.TRAIN.weight:
         path = Path(config.TRAIN.weight)
         load_weights(model, load_checkpoint(path).weights(), path, head=config.TRAIN.weight_head)
@@ -213,8 +227,19 @@ def _open_state(
     return state
 
 
+def _open_forward(
+    config: Config, model: nn.Module, device: torch.device, team: Team
+) -> tuple[Forward, Forward]:
+    """The network as it is evaluated, and as this process trains it."""
+    replica = team.replicate(model, device)
+    if not config.TRAIN.compile:
+        return model, replica
+    forward = torch.compile(model)
+    return forward, forward if replica is model else torch.compile(replica)
+
+
 @torch.no_grad()
-def _require_images_to_normalise(config: Config, model: nn.Module, images: int) -> None:
+def _require_images_to_normalise(config: Config, model: nn.Module, images: int, team: Team) -> None:
     """Refuse a step of one image where the last feature maps are single pixels.
 
     Batch normalisation has nothing to take a variance of there, and torch would say so at the end
@@ -222,7 +247,8 @@ def _require_images_to_normalise(config: Config, model: nn.Module, images: int) 
     """
     train = config.TRAIN
     sizes = {min(train.batch_size, images), images % train.batch_size} - {0}
-    parts = (part for size in sizes for part in torch.arange(size).chunk(train.accumulate))
+    shares = (share for size in sizes for share in _shares(size, config, team) if len(share))
+    parts = (part for share in shares for part in share.chunk(train.accumulate))
     if all(len(part) > 1 for part in parts):
         return
     assert isinstance(model, Network)
@@ -230,10 +256,21 @@ def _require_images_to_normalise(config: Config, model: nn.Module, images: int) 
     image = next(model.parameters()).new_zeros(1, config.DATA.in_chans, side, side)
     if model.eval().feature_maps(image).shape[2:].numel() == 1:
         raise UserError(
-            f"TRAIN.batch_size {train.batch_size}, TRAIN.accumulate {train.accumulate}: of "
+            f"TRAIN.batch_size {train.batch_size}, TRAIN.accumulate {train.accumulate}"
+            f"{f', {team.size} processes' if team.size > 1 else ''}: of "
             f"{images} training images one would be normalised alone, which needs feature maps "
             f"above 1 x 1 px (DATA.image_size {side}); choose another TRAIN.batch_size"
         )
+
+
+def _shares(size: int, config: Config, team: Team) -> tuple[Tensor, ...]:
+    """A batch as it is cut up into what is normalised together."""
+    return torch.arange(size).tensor_split(1 if config.TRAIN.sync_bn else team.size)
+
+
+def _describe(team: Team, device: torch.device) -> str:
+    text = describe_device(device)
+    return text if team.size == 1 else f"{team.size} processes, the first on {text}"
 
 
 def _require_same_classes(train: ImageSource, val: ImageSource | None) -> None:
@@ -245,20 +282,34 @@ def _require_same_classes(train: ImageSource, val: ImageSource | None) -> None:
     )
 
 
-def _open_train(config: Config, source: ImageSource) -> TrainLoader:
+def _open_train(config: Config, source: ImageSource, team: Team) -> TrainLoader:
     train = config.TRAIN
     assert train.manual_seed is not None
     return train_loader(
         source,
         config.DATA,
         batch_size=train.batch_size,
-        workers=train.workers,
+        workers=_workers(config, team),
         seed=train.manual_seed,
+        share=team.share,
+        ignore_label=train.ignore_label,
     )
 
 
-def _open_val(config: Config, source: ImageSource | None) -> EvalLoader | None:
+def _open_val(config: Config, source: ImageSource | None, team: Team) -> EvalLoader | None:
     if source is None:
         return None
     train = config.TRAIN
-    return eval_loader(source, config.DATA, batch_size=train.batch_size_val, workers=train.workers)
+    return eval_loader(
+        source,
+        config.DATA,
+        batch_size=train.batch_size_val,
+        workers=_workers(config, team),
+        share=team.share,
+        ignore_label=train.ignore_label,
+    )
+
+
+def _workers(config: Config, team: Team) -> int:
+    """How many of the machine's data workers are this process's: its part, rounded up."""
+    return -(-config.TRAIN.workers // team.local_size)
