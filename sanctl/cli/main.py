@@ -80,6 +80,9 @@ def main() -> NoReturn:
     # Read when torch is first imported. By default threads that wait for each other spin, which on
     # a CPU shared with other programs slows training down several times.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Also read then: what torch's C++ warns of when processes lose each other, with its stacks, is
+    # told in a line by sanctl.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     accept_any_name()
     arguments = sys.argv[1:]
     debug = "--debug" in arguments

@@ -4,12 +4,14 @@ It is torch's DataLoader that runs the processes: it hands tensors over in share
 notices when a process dies.
 """
 
+import ctypes
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Generic, TypeVar, cast
 
@@ -22,6 +24,7 @@ from sanctl.errors import SanctlError, UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl (sys/prctl.h)
 _MOST_WORKERS = 16
 _FEW_ITEMS = 256  # fewer than this are done sooner than processes have started
 
@@ -123,7 +126,9 @@ class Workers(Generic[Item, Result]):
             num_workers=self._count,
             pin_memory=self._pin_memory,
             persistent_workers=self._count > 0,
-            worker_init_fn=_prepare,
+            worker_init_fn=partial(
+                _prepare, bound=threading.current_thread() is threading.main_thread()
+            ),
             generator=torch.Generator(),  # or every iteration would draw from the default one
         )
 
@@ -224,7 +229,9 @@ def _unchanged(result: Any) -> Any:
     return result
 
 
-def _prepare(_: int) -> None:
+def _prepare(_: int, bound: bool) -> None:
+    if bound:  # to the thread that started this process, says Linux: it must be one that stays
+        _end_with_parent()
     # Ctrl-C reaches every process of the terminal, and the signals of a cluster's scheduler every
     # process of a job; the main one ends its workers in good order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -232,6 +239,15 @@ def _prepare(_: int) -> None:
     signal.signal(signal.SIGTERM, _ignore_once)
     sys.excepthook = _report_unless_left
     cv2.setNumThreads(0)
+
+
+def _end_with_parent() -> None:
+    """Let the kernel end this process when its parent is killed, and had no time to do so."""
+    try:
+        prctl = ctypes.CDLL(None).prctl
+    except AttributeError:  # not Linux
+        return
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _ignore_once(number: int, frame: FrameType | None) -> None:

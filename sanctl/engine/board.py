@@ -1,6 +1,8 @@
 """What each process of a run did lately, told once a second and beside the training."""
 
 import json
+import os
+import signal
 import threading
 import time
 from dataclasses import asdict
@@ -63,8 +65,8 @@ class RankBoard:
         try:
             while not self._end.wait(INTERVAL):
                 self._news = self._exchange(self._team.store)
-        except DistError:  # the launching process or rank 0 is gone: others say so
-            return
+        except DistError:  # who kept the store is gone: the launching process, or rank 0
+            os.kill(os.getpid(), signal.SIGTERM)  # save, while the others still answer
 
     def _exchange(self, store: Store | None) -> list[RankRecord] | None:
         step, images_per_s, data_wait = self._latest

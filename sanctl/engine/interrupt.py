@@ -3,7 +3,6 @@
 The first asks to stop at the next step; a second Ctrl-C stops at once.
 """
 
-import os
 import signal
 from types import FrameType, TracebackType
 
@@ -48,7 +47,7 @@ class StopRequest:
         self.pending = 0
         self.agreed = 0
         self._team = team
-        self._parent = os.getppid() if launched else None
+        self._launched = launched
 
     def __enter__(self) -> "StopRequest":
         self._previous = {number: signal.signal(number, self._on_signal) for number in STOPPING}
@@ -73,12 +72,8 @@ class StopRequest:
         return self.agreed != 0
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._parent is not None:
-            # From the terminal, where the launching process hears it too; or sent by the kernel
-            # because that process has died.
-            if os.getppid() == self._parent:
-                return
-            number = signal.SIGTERM
+        if number == signal.SIGINT and self._launched:
+            return  # pressed at the terminal, where the launching process hears it too
         if self.pending and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.pending = self.pending or number

@@ -81,7 +81,7 @@ def launch(
         _start_server()
         agent = elastic_launch(_agent_config(placement, port, max_restarts, folder), _run_rank)
         try:
-            result = agent(work, job)[ranks[0]]
+            result = agent(work, job, multiprocessing.get_start_method())[ranks[0]]
         except ChildFailedError as error:
             raise _explained(store, error, stopping.asked) from None
         except SignalException as error:
@@ -102,14 +102,12 @@ class _Interruption:
     number: int
 
 
-def _run_rank(work: Callable[[Job], Result], job: Job) -> Result | _Interruption:
-    """What the agent runs in each process."""
-    parent = os.getppid()
+def _run_rank(work: Callable[[Job], Result], job: Job, start_method: str) -> Result | _Interruption:
+    """What the agent runs in each process, whose own data workers start as without an agent."""
+    multiprocessing.set_start_method(start_method, force=True)
     try:
         return work(job)
     except InterruptedRunError as error:
-        if os.getppid() != parent:  # nobody waits for the result
-            os._exit(error.exit_status)
         return _Interruption(str(error), error.number)
 
 

@@ -14,7 +14,7 @@ from torch.distributed.distributed_c10d import Store
 from sanctl.engine.failure import Failure, post_own, posted
 from sanctl.engine.interrupt import InterruptedRunError, StopRequest
 from sanctl.engine.machine import cpu_cores
-from sanctl.engine.store import ATTEMPT, STOP, attempt_store, connect, done_key, pid_key
+from sanctl.engine.store import ATTEMPT, STOP, attempt_store, connect, pid_key
 from sanctl.engine.team import ProcessTeam, Team
 from sanctl.errors import SanctlError, UserError
 
@@ -153,9 +153,7 @@ def joined(
             if base.check([STOP]):  # asked before this process could hear it
                 stop.pending = signal.SIGTERM
             yield from _until_all_are_done(team, stop)
-        store.set(done_key(team.rank), "")
     except InterruptedRunError:
-        store.set(done_key(place.rank), "")
         raise
     except Exception as error:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing left to save

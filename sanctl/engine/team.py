@@ -7,7 +7,7 @@ import json
 import socket
 import warnings
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store,
 from torch.nn.parallel import DistributedDataParallel
 
 from sanctl.data.sampler import Share
+from sanctl.engine.store import done_key
 from sanctl.errors import UserError
 
 T = TypeVar("T")
@@ -186,6 +187,8 @@ class ProcessTeam(Team):
         self._outcome()
         dist.barrier(self._voters)
         dist.destroy_process_group()
+        with suppress(dist.DistError):  # who kept the store may have left by now
+            self._store.set(done_key(self.rank), "")
 
     def _outcome(self) -> int:
         if self._vote is None:
