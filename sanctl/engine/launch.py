@@ -106,9 +106,13 @@ def _run_rank(work: Callable[[Job], Result], job: Job, start_method: str) -> Res
     """What the agent runs in each process, whose own data workers start as without an agent."""
     multiprocessing.set_start_method(start_method, force=True)
     try:
-        return work(job)
+        result: Result | _Interruption = work(job)
     except InterruptedRunError as error:
-        return _Interruption(str(error), error.number)
+        result = _Interruption(str(error), error.number)
+    launcher = multiprocessing.parent_process()
+    if launcher is not None and not launcher.is_alive():
+        os._exit(1)  # torch would wait for it to read the result
+    return result
 
 
 def _meet(placement: Placement) -> Store:

@@ -266,6 +266,9 @@ def test_sync_bn_is_for_gpus(place: Place) -> None:
 
 
 def test_a_share_of_one_image_is_not_normalised_alone(place: Place) -> None:
-    keys = ("DATA.image_size=16", "DATA.resize=16", "TRAIN.batch_size=4")
-    with pytest.raises(UserError, match="4 processes"):
-        open_run(place.load(*keys), device="cpu", resume=None, team=Team(0, 4, 4))
+    """18 images at 32 px in batches of 6, of which a ResNet leaves 1 x 1."""
+    keys = ["TRAIN.arch=resnet", "TRAIN.layers=[1,1,1,1]", "TRAIN.batch_size=6", "TRAIN.sa_type="]
+    loaded = place.load(*keys, "TRAIN.widths=", "TRAIN.kernels=")
+    open_run(loaded, device="cpu", resume=None, team=Team(0, 3, 3))
+    with pytest.raises(UserError, match="4 processes.* normalised alone"):
+        open_run(loaded, device="cpu", resume=None, team=Team(0, 4, 4))
