@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from sanctl.config.load import LoadedConfig
 from sanctl.config.schema import Config
-from sanctl.data.loader import EvalLoader, TrainLoader, eval_loader, train_loader
+from sanctl.data.loader import EvalLoader, TrainLoader
 from sanctl.data.normalize import Normalizer
 from sanctl.data.source import ImageSource, open_source
 from sanctl.engine.checkpoint import Checkpoint, load_checkpoint
 from sanctl.engine.device import Precision, choose_device, describe_device, place, prepare_backends
+from sanctl.engine.loaders import open_train, open_val
 from sanctl.engine.resume import Start, find_start, require_continuable
 from sanctl.engine.runfolder import RunFolder
 from sanctl.engine.state import TrainState, load_weights
@@ -138,7 +139,7 @@ def open_run(
     train_source = open_source(config.DATA, "train")
     val_source = open_source(config.DATA, "val") if config.TRAIN.evaluate else None
     _require_same_classes(train_source, val_source)
-    train = _open_train(config, train_source, team)
+    train = open_train(config, train_source, team)
     if start is not None:
         require_continuable(start, config, train_source.classes, len(train))
     state = _open_state(config, target, precision, start, team)
@@ -160,7 +161,7 @@ def open_run(
         pipe=input_pipe(config, target),
         train=train,
         train_images=len(train_source),
-        val=_open_val(config, val_source, team),
+        val=open_val(config, val_source, team),
         val_images=0 if val_source is None else len(val_source),
         notes=notes,
     )
@@ -280,36 +281,3 @@ def _require_same_classes(train: ImageSource, val: ImageSource | None) -> None:
     raise UserError(
         f"training and validation images have different classes: {', '.join(different[:5])}"
     )
-
-
-def _open_train(config: Config, source: ImageSource, team: Team) -> TrainLoader:
-    train = config.TRAIN
-    assert train.manual_seed is not None
-    return train_loader(
-        source,
-        config.DATA,
-        batch_size=train.batch_size,
-        workers=_workers(config, team),
-        seed=train.manual_seed,
-        share=team.share,
-        ignore_label=train.ignore_label,
-    )
-
-
-def _open_val(config: Config, source: ImageSource | None, team: Team) -> EvalLoader | None:
-    if source is None:
-        return None
-    train = config.TRAIN
-    return eval_loader(
-        source,
-        config.DATA,
-        batch_size=train.batch_size_val,
-        workers=_workers(config, team),
-        share=team.share,
-        ignore_label=train.ignore_label,
-    )
-
-
-def _workers(config: Config, team: Team) -> int:
-    """How many of the machine's data workers are this process's: its part, rounded up."""
-    return -(-config.TRAIN.workers // team.local_size)

@@ -23,6 +23,8 @@ from sanctl.errors import UserError
 
 T = TypeVar("T")
 
+_PATIENCE = timedelta(seconds=30)
+
 
 class Team:
     """This process alone, or its place in a team without anything to say to the others.
@@ -109,12 +111,14 @@ class ProcessTeam(Team):
         place: which process of how many.
         store: for notes and for the rendezvous of the group.
         backend: "nccl" or "gloo".
-        timeout: after which a process that does not answer is an error.
+        timeout: after which a process that does not answer is an error. The group itself waits a
+            little longer, so that a launching process can tell which one it is.
     """
 
     def __init__(self, place: Team, store: Store, backend: str, timeout: timedelta) -> None:
         super().__init__(place.rank, place.size, place.local_size)
         self._store = store
+        timeout += _PATIENCE
         dist.init_process_group(
             backend,
             store=PrefixStore("group", store),

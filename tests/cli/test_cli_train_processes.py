@@ -70,6 +70,12 @@ class Command:
         return self._err.read_text()
 
 
+def children(parent: int) -> list[int]:
+    """The processes that a process has started, in the order of their start."""
+    text = Path(f"/proc/{parent}/task/{parent}/children").read_text()
+    return sorted(int(word) for word in text.split())
+
+
 def session(leader: int) -> list[int]:
     """The processes of a session that are left."""
     found = []
@@ -105,6 +111,23 @@ def test_sigterm_to_every_process_saves_and_one_process_goes_on(place: Place) ->
     assert f" step={checkpoint.step} " not in out
     table = pd.read_csv(place.run / "metrics.csv")
     assert table.epoch.tolist() == list(range(1, checkpoint.epoch + 1))
+
+
+def test_a_killed_process_is_started_again_from_the_last_checkpoint(place: Place) -> None:
+    command = Command(place, *LONG, "--nproc", "2", "--max-restarts", "1")
+    command.wait_for("train epoch=2 epochs=400 step=3 ")
+    server = next(pid for pid in children(command.pid) if children(pid))
+    os.kill(children(server)[1], signal.SIGKILL)
+    command.wait_for("note a process failed: started again")
+    command.wait_for("train epoch=3 epochs=400 step=3 ")
+    os.kill(command.pid, signal.SIGTERM)
+    status, err = command.end()
+    assert status == 143, err
+    first = re.findall(r" first_epoch=(\d+) ", command.out.read_text())
+    assert first[0] == "1"
+    assert int(first[1]) >= 2
+    epochs = pd.read_csv(place.run / "metrics.csv").epoch.tolist()
+    assert epochs == list(range(1, len(epochs) + 1))
 
 
 def test_two_machines_meet_and_stop_together(place: Place) -> None:

@@ -270,5 +270,5 @@ def test_a_share_of_one_image_is_not_normalised_alone(place: Place) -> None:
     keys = ["TRAIN.arch=resnet", "TRAIN.layers=[1,1,1,1]", "TRAIN.batch_size=6", "TRAIN.sa_type="]
     loaded = place.load(*keys, "TRAIN.widths=", "TRAIN.kernels=")
     open_run(loaded, device="cpu", resume=None, team=Team(0, 3, 3))
-    with pytest.raises(UserError, match="4 processes.* normalised alone"):
+    with pytest.raises(UserError, match=r"4 processes.* normalised alone"):
         open_run(loaded, device="cpu", resume=None, team=Team(0, 4, 4))
