@@ -86,6 +86,7 @@ def _train_job(job: "Job", member: "Membership | None") -> str | None:
         train_as_launched,
         train_as_member,
     )
+    from sanctl.report.console import out
 
     if member is not None:
         device = device_under(job, member)
@@ -103,6 +104,8 @@ def _train_job(job: "Job", member: "Membership | None") -> str | None:
             launch(placement, train_as_launched, job, max_restarts=restarts, timeout=job.timeout)
         except KeyboardInterrupt as error:
             raise interrupted_at_once(job) from error
+        finally:
+            out.show_cursor()  # which a process that was killed may have hidden
     return placement.devices[0] if placement.node == 0 else None
 
 

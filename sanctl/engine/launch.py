@@ -33,6 +33,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 _ARRIVAL = timedelta(minutes=15)  # in which all machines have to come
+_SHORTLY = timedelta(seconds=5)  # in which a machine that has come answers
 _FAREWELL = 10.0  # seconds for which machine 0 waits for the others to read why the run failed
 _MAKES_NOISE = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")
 # What every process imports: once in the server from which they are forked.
@@ -121,14 +122,10 @@ def _meet(placement: Placement) -> Store:
     The waiting is done in short pieces, so that Ctrl-C ends it.
     """
     deadline = time.monotonic() + _ARRIVAL.total_seconds()
-    host, port, serves = placement.host, placement.port, placement.node == 0
-    while True:
-        try:
-            store = connect(host, port, serves, _ARRIVAL if serves else timedelta(seconds=2))
-            break
-        except SanctlError:
-            if serves or time.monotonic() > deadline:
-                raise
+    host, port = placement.host, placement.port
+    while placement.node and not _answers(host, port) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    store = connect(host, port, placement.node == 0, _ARRIVAL if placement.node == 0 else _SHORTLY)
     store.set_timeout(_ARRIVAL)
     store.add(MACHINES, 1)
     while (arrived := store.add(MACHINES, 0)) < placement.nodes:
@@ -144,6 +141,14 @@ def _meet(placement: Placement) -> Store:
             "--node-rank, and each run another port"
         )
     return store
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=_SHORTLY.total_seconds()).close()
+    except OSError:
+        return False
+    return True
 
 
 def _part(store: Store, placement: Placement) -> None:

@@ -36,8 +36,9 @@ def connect(host: str, port: int, serve: bool, timeout: timedelta) -> Store:
     except DistError as error:
         if serve:
             raise SanctlError(
-                f"cannot wait at {host}:{port} for the other processes: the port is taken, or the "
-                "address is not this machine's; choose another with --rdzv-endpoint HOST:PORT"
+                f"cannot wait at {host}:{port} for the other processes: the port is taken, by "
+                "another run or by a machine with the same --node-rank, or it is not this "
+                "machine's; see --rdzv-endpoint"
             ) from error
         raise SanctlError(f"no answer from {host}:{port}, where the processes meet") from error
 
