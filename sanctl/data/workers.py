@@ -112,7 +112,7 @@ class Workers(Generic[Item, Result]):
     def _start(self) -> Iterator[Result | UserError]:
         if self._loader is None:
             self._loader = self._make_loader()
-        with _interrupt_held():
+        with _interrupt_held(), _schedulers_signals_held():
             results = iter(self._loader)  # the first time, this starts the processes
         _deaths.take_over()
         return results
@@ -208,6 +208,16 @@ def _interrupt_held() -> Iterator[None]:
             handler(*held[0])
 
 
+@contextmanager
+def _schedulers_signals_held() -> Iterator[None]:
+    """Keep them waiting, also in the processes that start, until those are prepared for them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _QuietLoader(DataLoader[Result]):
     """Gives no advice to use fewer processes than asked for."""
 
@@ -236,7 +246,8 @@ def _prepare(_: int, bound: bool) -> None:
     # process of a job; the main one ends its workers in good order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _ignore_once)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+    _hear_parent_alone()
     sys.excepthook = _report_unless_left
     cv2.setNumThreads(0)
 
@@ -250,8 +261,18 @@ def _end_with_parent() -> None:
     prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _ignore_once(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_DFL)  # or nobody could end a worker that does not listen
+def _hear_parent_alone() -> None:
+    """Let SIGTERM end this process only where its parent sends it."""
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        return
+    threading.Thread(target=_leave_when_told, name="sigterm", daemon=True).start()
+
+
+def _leave_when_told() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        continue
+    os._exit(0)
 
 
 def _report_unless_left(

@@ -1,7 +1,7 @@
 """Which samples make up a batch, and which part of it each of several processes has."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sanctl.data.sampler import EpochSampler, Key, Share
@@ -13,6 +13,7 @@ def steps(length: int, batch: int, seed: int | None, share: Share, start: int) -
     return list(sampler)
 
 
+@settings(max_examples=50)
 @given(
     length=st.integers(0, 60),
     batch=st.integers(1, 20),
@@ -34,6 +35,7 @@ def test_the_shares_of_a_batch_are_the_batch_on_any_number_of_processes(
         assert EpochSampler(length, batch, seed).batch_length(start + number) == sum(lengths)
 
 
+@settings(max_examples=50)
 @given(length=st.integers(1, 60), batch=st.integers(1, 20), size=st.integers(1, 9))
 def test_an_epoch_has_every_sample_once(length: int, batch: int, size: int) -> None:
     keys = [
