@@ -3,8 +3,8 @@
 Commands import torch, OpenCV and pandas only when they run, so that `--help` stays instant.
 """
 
-import io
 import os
+import signal
 import sys
 import traceback
 from typing import Annotated, NoReturn
@@ -22,8 +22,10 @@ from sanctl.cli.slurm import slurm
 from sanctl.cli.test import test
 from sanctl.cli.train import train
 from sanctl.errors import SanctlError
+from sanctl.report.streams import accept_any_name
 
-INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
+SIGNALLED = 128  # to which a shell adds the number of the signal that ended a process
+INTERRUPTED = SIGNALLED + signal.SIGINT
 
 # The parser's own usage error (an unknown option, a missing argument), wherever typer keeps it.
 ParserError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -74,15 +76,16 @@ app.command("doctor")(doctor)
 def main() -> NoReturn:
     """Run the command line and exit with its status.
 
-    A user's mistake exits with 2, a failure with 1, Ctrl-C with 130; each says one line on
-    standard error. `--debug`, anywhere on the line, adds the traceback.
+    A user's mistake exits with 2, a failure with 1, a signal with 128 and its number (Ctrl-C: 130);
+    each says one line on standard error. `--debug`, anywhere on the line, adds the traceback.
     """
     # Read when torch is first imported. By default threads that wait for each other spin, which on
     # a CPU shared with other programs slows training down several times.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # class names go beyond what ASCII can show
-            stream.reconfigure(errors="backslashreplace")
+    # Also read then: what torch's C++ warns of when processes lose each other, with its stacks, is
+    # told in a line by sanctl.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    accept_any_name()
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     status = _run([argument for argument in arguments if argument != "--debug"], debug)
@@ -128,7 +131,7 @@ def _complain(message: str, status: int, debug: bool) -> int:
         traceback.print_exc()
     from sanctl.report.console import printable
 
-    prefix = "" if status == INTERRUPTED else "error: "
+    prefix = "" if status > SIGNALLED else "error: "
     # A message may quote a file, which may hold what a terminal would obey.
     lines = [printable(line) for line in message.split("\n")]
     print(f"{prefix}{chr(10).join(lines)}", file=sys.stderr)

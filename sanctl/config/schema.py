@@ -169,10 +169,13 @@ class TrainConfig(Section):
     )
     train_gpu: Gpus = Field(
         default=[0],
-        description="Indices of the GPUs to train on; where there is no GPU, the CPU trains.",
+        description="Indices of the GPUs to train on, one process each; where there is no GPU, the"
+        " CPU trains.",
     )
     workers: Workers = Field(
-        default=4, description="Processes that read and decode images; 0: in the main process."
+        default=4,
+        description="Processes that read and decode images, on each machine, shared by its GPUs;"
+        " 0: in the main process.",
     )
     batch_size: Count = Field(
         default=64,
@@ -232,6 +235,11 @@ class TrainConfig(Section):
     amp: bool = Field(
         default=False,
         description="true: mixed precision (bfloat16 where the device has it, else float16).",
+    )
+    sync_bn: bool = Field(
+        default=False,
+        description="true: batch normalisation over the images of all GPUs together (SyncBatchNorm)"
+        " instead of each GPU's own.",
     )
     compile: bool = Field(
         default=False, description="true: torch.compile; slower to start, then faster."
@@ -296,20 +304,26 @@ class DistributedConfig(Section):
 
     dist_url: Text = Field(
         default="tcp://127.0.0.1:6789",
-        description="Address at which the processes meet: tcp://HOST:PORT, or env:// to take it"
-        " from the environment.",
+        description="Where several machines meet: tcp://HOST:PORT of machine 0, or env:// to take"
+        " it from the environment. One machine alone takes a free port.",
     )
     dist_backend: Literal["nccl", "gloo", "mpi"] = Field(
-        default="nccl", description="Communication library: nccl for GPUs, gloo for CPUs, mpi."
+        default="nccl",
+        description="Communication library of GPUs: nccl or gloo; CPUs always use gloo.",
     )
     multiprocessing_distributed: bool = Field(
-        default=False, description="true: one process per GPU."
+        default=False,
+        description="Kept for old files: true and false both give one process per GPU.",
     )
     world_size: Annotated[int, Field(ge=-1)] = Field(
         default=1, description="Number of machines; -1: from the environment (WORLD_SIZE)."
     )
     rank: Annotated[int, Field(ge=-1)] = Field(
         default=0, description="This machine's number, from 0; -1: from the environment (RANK)."
+    )
+    timeout_minutes: Annotated[Number, Field(gt=0)] = Field(
+        default=10.0,
+        description="Minutes after which a process that does not answer ends the run.",
     )
 
 

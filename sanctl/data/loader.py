@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 
 from sanctl.config.schema import DataConfig
 from sanctl.data.decode import ImageError, decode_image
-from sanctl.data.sampler import EpochSampler, Key, sample_seed
+from sanctl.data.sampler import WHOLE, EpochSampler, Key, Share, sample_seed
 from sanctl.data.source import ImageSource
 from sanctl.data.transforms import Transform, eval_transform, train_transform
 from sanctl.data.workers import Workers
@@ -50,6 +50,7 @@ class BatchDataset:
         channels: 1 or 3.
         seed: Of the random draws; None where the transform makes none.
         skip: Whether an image that cannot be read is left out instead of being an error.
+        blank: What a batch without images is made of; None leaves it empty.
     """
 
     def __init__(
@@ -59,12 +60,14 @@ class BatchDataset:
         channels: int,
         seed: int | None,
         skip: bool = False,
+        blank: Batch | None = None,
     ) -> None:
         self._source = source
         self._transform = transform
         self._channels = channels
         self._seed = seed
         self._skip = skip
+        self._blank = blank
 
     def __getitem__(self, keys: list[Key]) -> Batch | UserError:
         """The batch, or the error that names the image which cannot be read.
@@ -83,6 +86,8 @@ class BatchDataset:
                     if not self._skip:
                         return UserError(f"{error}; or leave it out: -o DATA.bad_images=skip")
                     skipped.append(Skipped(index, error.name, error.reason))
+        if not images and self._blank is not None:
+            return self._blank._replace(skipped=tuple(skipped))
         numbers = torch.tensor(indices, dtype=torch.int64)
         targets = torch.from_numpy(self._source.targets)[numbers]
         stacked = default_collate(images) if images else torch.empty(0, dtype=torch.uint8)
@@ -108,11 +113,18 @@ def _one_thread() -> Iterator[None]:
 
 
 class TrainLoader:
-    """Batches of training images, epoch by epoch; `len()` is the steps of an epoch."""
+    """Batches of training images, epoch by epoch; `len()` is the steps of an epoch.
 
-    def __init__(self, workers: Workers[list[Key], Batch], sampler: EpochSampler):
+    Attributes:
+        blank: What a process computes on that has no image of a step; None for one alone.
+    """
+
+    def __init__(
+        self, workers: Workers[list[Key], Batch], sampler: EpochSampler, blank: Batch | None
+    ) -> None:
         self._workers = workers
         self._sampler = sampler
+        self.blank = blank
 
     def __len__(self) -> int:
         return len(self._sampler)
@@ -131,23 +143,38 @@ class TrainLoader:
         self._sampler.set(epoch, start_step)
         return iter(self._workers)
 
+    def batch_length(self, step: int) -> int:
+        """Images of a step, over all processes; steps are counted from 0."""
+        return self._sampler.batch_length(step)
+
 
 class EvalLoader:
     """Batches of evaluation images, in the source's order, every one once."""
 
-    def __init__(self, workers: Workers[list[Key], Batch], steps: int) -> None:
+    def __init__(self, workers: Workers[list[Key], Batch], sampler: EpochSampler) -> None:
         self._workers = workers
-        self._steps = steps
+        self._sampler = sampler
 
     def __len__(self) -> int:
-        return self._steps
+        return len(self._sampler)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._workers)
 
+    def batch_length(self, step: int) -> int:
+        """Images of a step, over all processes; steps are counted from 0."""
+        return self._sampler.batch_length(step)
+
 
 def train_loader(
-    source: ImageSource, data: DataConfig, *, batch_size: int, workers: int, seed: int
+    source: ImageSource,
+    data: DataConfig,
+    *,
+    batch_size: int,
+    workers: int,
+    seed: int,
+    share: Share = WHOLE,
+    ignore_label: int = -1,
 ) -> TrainLoader:
     """A loader of randomly cropped and flipped images in random order.
 
@@ -157,25 +184,47 @@ def train_loader(
         batch_size: Images of a step; the last step of an epoch may have fewer.
         workers: Processes that read and decode; 0 does so in this process.
         seed: Not negative; order and draws follow from it.
+        share: The part of each step's images that this process gets.
+        ignore_label: The class of the blank images that it gets where its part is empty.
     """
-    dataset = BatchDataset(
-        source, train_transform(data.image_size), data.in_chans, seed, _skips(data)
-    )
-    sampler = EpochSampler(len(source), batch_size, seed)
-    return TrainLoader(_start(dataset, sampler, workers), sampler)
+    transform = train_transform(data.image_size)
+    blank = _blank(data, share, ignore_label)
+    dataset = BatchDataset(source, transform, data.in_chans, seed, _skips(data), blank)
+    sampler = EpochSampler(len(source), batch_size, seed, share)
+    return TrainLoader(_start(dataset, sampler, workers), sampler, blank)
 
 
 def eval_loader(
-    source: ImageSource, data: DataConfig, *, batch_size: int, workers: int
+    source: ImageSource,
+    data: DataConfig,
+    *,
+    batch_size: int,
+    workers: int,
+    share: Share = WHOLE,
+    ignore_label: int = -1,
 ) -> EvalLoader:
     """A loader of resized and centrally cropped images in the source's order.
 
     Arguments as those of `train_loader`.
     """
     transform = eval_transform(data.resize, data.image_size)
-    dataset = BatchDataset(source, transform, data.in_chans, seed=None, skip=_skips(data))
-    sampler = EpochSampler(len(source), batch_size, seed=None)
-    return EvalLoader(_start(dataset, sampler, workers), len(sampler))
+    blank = _blank(data, share, ignore_label)
+    dataset = BatchDataset(source, transform, data.in_chans, None, _skips(data), blank)
+    sampler = EpochSampler(len(source), batch_size, seed=None, share=share)
+    return EvalLoader(_start(dataset, sampler, workers), sampler)
+
+
+def _blank(data: DataConfig, share: Share, ignore_label: int) -> Batch | None:
+    """What a process computes on that has no image of a step, so that it takes part in the step.
+
+    Two images, since batch normalisation takes no variance of one. A process alone needs none.
+    """
+    if share.size == 1:
+        return None
+    size = (2, data.in_chans, data.image_size, data.image_size)
+    targets = torch.full((2,), ignore_label)
+    indices = torch.empty(0, dtype=torch.int64)
+    return Batch(torch.zeros(size, dtype=torch.uint8), targets, indices)
 
 
 def _skips(data: DataConfig) -> bool:

@@ -4,12 +4,14 @@ It is torch's DataLoader that runs the processes: it hands tensors over in share
 notices when a process dies.
 """
 
+import ctypes
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Generic, TypeVar, cast
 
@@ -22,6 +24,7 @@ from sanctl.errors import SanctlError, UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl (sys/prctl.h)
 _MOST_WORKERS = 16
 _FEW_ITEMS = 256  # fewer than this are done sooner than processes have started
 
@@ -109,7 +112,7 @@ class Workers(Generic[Item, Result]):
     def _start(self) -> Iterator[Result | UserError]:
         if self._loader is None:
             self._loader = self._make_loader()
-        with _interrupt_held():
+        with _interrupt_held(), _schedulers_signals_held():
             results = iter(self._loader)  # the first time, this starts the processes
         _deaths.take_over()
         return results
@@ -123,7 +126,9 @@ class Workers(Generic[Item, Result]):
             num_workers=self._count,
             pin_memory=self._pin_memory,
             persistent_workers=self._count > 0,
-            worker_init_fn=_prepare,
+            worker_init_fn=partial(
+                _prepare, bound=threading.current_thread() is threading.main_thread()
+            ),
             generator=torch.Generator(),  # or every iteration would draw from the default one
         )
 
@@ -203,6 +208,16 @@ def _interrupt_held() -> Iterator[None]:
             handler(*held[0])
 
 
+@contextmanager
+def _schedulers_signals_held() -> Iterator[None]:
+    """Keep them waiting, also in the processes that start, until those are prepared for them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _QuietLoader(DataLoader[Result]):
     """Gives no advice to use fewer processes than asked for."""
 
@@ -224,11 +239,40 @@ def _unchanged(result: Any) -> Any:
     return result
 
 
-def _prepare(_: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the main one ends its workers in good order.
+def _prepare(_: int, bound: bool) -> None:
+    if bound:  # to the thread that started this process, says Linux: it must be one that stays
+        _end_with_parent()
+    # Ctrl-C reaches every process of the terminal, and the signals of a cluster's scheduler every
+    # process of a job; the main one ends its workers in good order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+    _hear_parent_alone()
     sys.excepthook = _report_unless_left
     cv2.setNumThreads(0)
+
+
+def _end_with_parent() -> None:
+    """Let the kernel end this process when its parent is killed, and had no time to do so."""
+    try:
+        prctl = ctypes.CDLL(None).prctl
+    except AttributeError:  # not Linux
+        return
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _hear_parent_alone() -> None:
+    """Let SIGTERM end this process only where its parent sends it."""
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        return
+    threading.Thread(target=_leave_when_told, name="sigterm", daemon=True).start()
+
+
+def _leave_when_told() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        continue
+    os._exit(0)
 
 
 def _report_unless_left(

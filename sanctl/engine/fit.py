@@ -2,11 +2,15 @@
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from torch import nn
 
+from sanctl.data.loader import Batch
+from sanctl.engine.board import RankBoard
 from sanctl.engine.interrupt import InterruptedRunError, StopRequest
 from sanctl.engine.losses import smoothed_cross_entropy
 from sanctl.engine.metrics import ClassificationMetrics
@@ -21,12 +25,13 @@ from sanctl.report.reporter import Reporter
 Scores = dict[str, float]
 
 
-def fit(run: Run, reporter: Reporter) -> RunSummary:
+def fit(run: Run, reporter: Reporter, stop: StopRequest | None = None) -> RunSummary:
     """Train a run from where its state stands to its last epoch.
 
     Args:
         run: put together by `open_run`.
         reporter: hears of every step and epoch.
+        stop: hears of the signals that ask to stop, if something does already.
 
     Returns:
         The best epoch and its score.
@@ -34,7 +39,7 @@ def fit(run: Run, reporter: Reporter) -> RunSummary:
     Raises:
         DivergedError: a loss or a weight is not finite.
         SanctlError: a checkpoint cannot be written.
-        InterruptedRunError: Ctrl-C was pressed; the state is saved, and the message says where.
+        InterruptedRunError: a signal asked to stop; the state is saved, and the message says where.
     """
     started = time.perf_counter()
     for note in run.notes:
@@ -43,22 +48,45 @@ def fit(run: Run, reporter: Reporter) -> RunSummary:
     if done >= epochs:
         reporter.note(f"nothing left to train: epoch {done} is done, TRAIN.epochs is {epochs}")
         return _summary(run, started)
-    run.folder.prepare(run.config, run.device)
+    if run.team.first:
+        run.folder.prepare(run.config, run.device)
     reporter.run_started(run.info())
-    with log_as_notes(reporter.note), StopRequest() as stop:
-        while run.state.epoch < epochs:
-            scores, timing = _train_epoch(run, reporter, stop)
-            scores |= _evaluate_epoch(run, reporter, stop)
-            best = run.state.finish_epoch(_ranked_score(scores, reporter))
-            # Reported first: where a run dies between the two, the resumed one does the epoch
-            # again and reports it again, while an epoch saved unreported would have no row.
-            reporter.epoch_finished(EpochRecord(run.state.epoch, epochs, scores, best, timing))
-            _save_epoch(run, scores, best)
-            if stop.pending:
-                _save_and_stop(run, scores)
+    with (
+        log_as_notes(reporter.note),
+        nullcontext(stop) if stop else StopRequest(run.team) as stop,
+        RankBoard(run.team, run.device) as board,
+    ):
+        _train_epochs(run, Audience(reporter, board), stop)
     summary = _summary(run, started)
     reporter.run_finished(summary)
     return summary
+
+
+class Audience(NamedTuple):
+    """Who hears of every step: the reporter, and through the board rank 0's."""
+
+    reporter: Reporter
+    board: RankBoard
+
+    def step_done(self, record: StepRecord, clock: StepClock) -> None:
+        """Tell what is to be told after every step, of training or evaluation."""
+        self.board.step_done(record.step, clock)
+        if records := self.board.news():
+            self.reporter.ranks(records)
+
+
+def _train_epochs(run: Run, audience: Audience, stop: StopRequest) -> None:
+    reporter, epochs = audience.reporter, run.config.TRAIN.epochs
+    while run.state.epoch < epochs:
+        scores, timing = _train_epoch(run, audience, stop)
+        scores |= _evaluate_epoch(run, audience, stop)
+        best = run.state.finish_epoch(_ranked_score(scores, reporter))
+        # Reported first: where a run dies between the two, the resumed one does the epoch
+        # again and reports it again, while an epoch saved unreported would have no row.
+        reporter.epoch_finished(EpochRecord(run.state.epoch, epochs, scores, best, timing))
+        _save_epoch(run, scores, best)
+        if stop.agree(at_once=True):
+            _save_and_stop(run, stop, scores)
 
 
 def _summary(run: Run, started: float) -> RunSummary:
@@ -70,43 +98,58 @@ def _summary(run: Run, started: float) -> RunSummary:
     )
 
 
-def _train_epoch(run: Run, reporter: Reporter, stop: StopRequest) -> tuple[Scores, Scores]:
+def _train_epoch(run: Run, audience: Audience, stop: StopRequest) -> tuple[Scores, Scores]:
     """Train for the epoch after those complete, from the step where it stands."""
     state, train = run.state, run.config.TRAIN
     epoch, steps = state.epoch + 1, len(run.train)
     rate = state.begin_epoch(train)
     metrics = ClassificationMetrics(len(run.classes), train.ignore_label, run.device)
-    if state.metrics is not None:
+    if state.metrics is not None and run.team.first:  # these are the sums of all processes
         metrics.load_state_dict(state.metrics)
-    train_step = TrainStep(state, train, run.forward, run.precision, run.seed)
+    train_step = TrainStep(state, train, run.replica, run.precision, run.seed, run.team)
     watch, clock = LossWatch(), StepClock()
-    reporter.epoch_started(epoch, steps, state.step)
+    audience.reporter.epoch_started(epoch, steps, state.step)
     state.model.train()
-    skipped = SkippedImages(run.folder.root, "train", reporter.note, whole=state.step == 0)
-    too_small = too_small_to_normalise(state.model, run.config, run.device)
-    for batch in clock.timed(skipped.usable(run.train.epoch(epoch, state.step), too_small)):
+    for batch in clock.timed(_train_batches(run, audience.reporter)):
         if batch is None:
             state.step += 1
             continue
         images, targets = run.pipe(batch)
-        logits, loss = train_step(images, targets, epoch, state.step)
-        metrics.update(logits, targets, loss)
+        result = train_step(images, targets, epoch, state.step)
+        metrics.update(result.logits, targets, result.loss, result.counted)
+        clock.step_done(run.train.batch_length(state.step), len(batch.indices))
         state.step += 1
-        watch.push(epoch, state.step, rate, loss)
-        clock.step_done(len(images))
-        reporter.step(_step_record(run, epoch, state.step, steps, clock, watch.last, rate))
-        if stop.pending:
+        watch.push(epoch, state.step, rate, result.mean_loss)
+        record = _step_record(run, epoch, state.step, steps, clock, watch.last, rate)
+        audience.reporter.step(record)
+        audience.step_done(record, clock)
+        if stop.agree():
             break
     watch.flush()
+    metrics.gather(run.team)
     state.metrics = metrics.state_dict()
-    if stop.pending:
-        _save_and_stop(run, {})
+    if stop.agreed or stop.agree(at_once=True):
+        _save_and_stop(run, stop, {})
     scores = {"epoch": epoch, "lr": rate}
     scores |= {f"{name}_train": value for name, value in metrics.compute().items()}
     return scores, clock.timing()
 
 
-def _evaluate_epoch(run: Run, reporter: Reporter, stop: StopRequest) -> Scores:
+def _train_batches(run: Run, reporter: Reporter) -> Iterator[Batch | None]:
+    """The batches of the epoch after those complete, from the step on where it stands."""
+    state = run.state
+    return _skipped(run, "train", reporter, whole=state.step == 0).usable(
+        run.train.epoch(state.epoch + 1, state.step),
+        too_small_to_normalise(state.model, run.config, run.device),
+        run.train.blank,
+    )
+
+
+def _skipped(run: Run, part: str, reporter: Reporter, whole: bool = True) -> SkippedImages:
+    return SkippedImages(run.folder.root, part, reporter.note, whole, run.team, run.device)
+
+
+def _evaluate_epoch(run: Run, audience: Audience, stop: StopRequest) -> Scores:
     """Score the validation images with the weights of the epoch just trained."""
     if run.val is None:
         return {}
@@ -114,20 +157,24 @@ def _evaluate_epoch(run: Run, reporter: Reporter, stop: StopRequest) -> Scores:
     epoch, steps = run.state.epoch + 1, len(run.val)
     metrics = ClassificationMetrics(len(run.classes), train.ignore_label, run.device)
     clock = StepClock()
-    reporter.evaluation_started(steps)
+    audience.reporter.evaluation_started(steps)
     forward = run.forward if run.state.ema is None else run.state.ema.module
     evaluated: nn.Module = run.state.evaluated
+    run.team.share_buffers(evaluated)
     evaluated.eval()
-    batches = SkippedImages(run.folder.root, "val", reporter.note).usable(run.val)
+    batches = _skipped(run, "val", audience.reporter).usable(run.val)
     results = infer(forward, clock.timed(filter(None, batches)), run.pipe, run.precision)
     for step, (batch, logits, targets) in enumerate(results, start=1):
         metrics.update(
             logits, targets, smoothed_cross_entropy(logits, targets, 0.0, train.ignore_label)
         )
-        clock.step_done(len(batch.images))
-        reporter.evaluation_step(_step_record(run, epoch, step, steps, clock))
-        if stop.pending:
-            _save_and_stop(run, {})
+        clock.step_done(run.val.batch_length(step - 1), len(batch.indices))
+        record = _step_record(run, epoch, step, steps, clock)
+        audience.reporter.evaluation_step(record)
+        audience.step_done(record, clock)
+        if stop.agree():
+            _save_and_stop(run, stop, {})
+    metrics.gather(run.team)
     return {f"{name}_val": value for name, value in metrics.compute().items()}
 
 
@@ -173,10 +220,11 @@ def _save_epoch(run: Run, scores: Scores, best: bool) -> None:
         _save(run, scores, run.folder.best)
     if epoch % train.save_freq == 0 or epoch == train.epochs:
         _save(run, scores, run.folder.checkpoint(epoch))
-        run.folder.prune()
+        if run.team.first:
+            run.folder.prune()
 
 
-def _save_and_stop(run: Run, scores: Scores) -> NoReturn:
+def _save_and_stop(run: Run, stop: StopRequest, scores: Scores) -> NoReturn:
     """Save the state, after an epoch or in the middle of one, and end the run."""
     state = run.state
     if state.step:
@@ -186,14 +234,16 @@ def _save_and_stop(run: Run, scores: Scores) -> NoReturn:
         where = f"epoch {state.epoch}"
         path = run.folder.checkpoint(state.epoch)
     _save(run, scores, path)
-    run.folder.prune()
-    raise InterruptedRunError(f"interrupted after {where}; saved {path}")
+    if run.team.first:
+        run.folder.prune()
+    raise InterruptedRunError(f"interrupted after {where}; saved {path}", stop.agreed)
 
 
 def _save(run: Run, scores: Scores, path: Path) -> None:
-    """Save the state, unless it is not worth going on from."""
+    """Save the state, which rank 0 does, unless it is not worth going on from."""
     state = run.state
     if not is_finite(state.model):  # the last step can do this with a loss that was still finite
         epoch, step = (state.epoch + 1, state.step) if state.step else (state.epoch, len(run.train))
         raise DivergedError("weights are not finite", epoch, step, state.lr)
-    run.checkpoint(scores).save(path)
+    if run.team.first:
+        run.checkpoint(scores).save(path)

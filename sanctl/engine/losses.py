@@ -55,18 +55,29 @@ class Mixup(NamedTuple):
 
     @classmethod
     def draw(
-        cls, alpha: float, batch_size: int, seed: tuple[int, ...], device: torch.device
+        cls,
+        alpha: float,
+        batch_size: int,
+        seed: tuple[int, ...],
+        device: torch.device,
+        rank: int = 0,
     ) -> "Mixup":
-        """Draw lam from Beta(alpha, alpha) and a permutation, as a function of the seed alone.
+        """Draw lam from Beta(alpha, alpha) and a permutation, as a function of the seed and rank.
+
+        Of several processes each has a permutation of its own images, and all have one lam: the
+        partners, unlike all else, depend on how many processes there are.
 
         Args:
             alpha: parameter of the Beta distribution, above 0.
             batch_size: N.
             seed: (seed, epoch, step): a resumed run draws what an uninterrupted one does.
             device: where the images are.
+            rank: of this process.
         """
         generator = np.random.default_rng(seed)
         lam = float(generator.beta(alpha, alpha))
+        if rank:
+            generator = np.random.default_rng((*seed, rank))
         partners = torch.from_numpy(generator.permutation(batch_size))
         return cls(lam, partners.to(device, non_blocking=True))  # the host waits for nothing
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from sanctl.engine.team import Team
+
 
 class ClassificationMetrics:
     """Loss, top-1, top-5 and the class confusion of the images seen so far.
@@ -27,13 +29,16 @@ class ClassificationMetrics:
         # Row: true class, column: predicted class. The last row collects the ignored.
         self._confusion = torch.zeros(classes + 1, classes, dtype=torch.int64, device=device)
 
-    def update(self, logits: Tensor, targets: Tensor, loss: Tensor) -> None:
+    def update(
+        self, logits: Tensor, targets: Tensor, loss: Tensor, count: Tensor | None = None
+    ) -> None:
         """Add a batch.
 
         Args:
             logits: (N, classes).
             targets: (N,) int64.
-            loss: the batch's mean loss over the targets that count, a scalar.
+            loss: the sum of the losses of the targets that count, divided by `count`; a scalar.
+            count: None: how many targets count, so that the loss is their mean.
         """
         logits = logits.detach()
         counted = targets != self.ignore_label
@@ -41,7 +46,7 @@ class ClassificationMetrics:
         hits = (predictions == targets[:, None]) & counted[:, None]
         batch = torch.stack([hits[:, 0].sum(), hits.sum(), counted.sum()])
         self.counts += batch
-        self.loss_sum += loss.detach().double() * batch[2]
+        self.loss_sum += loss.detach().double() * (batch[2] if count is None else count)
         rows = torch.where(counted, targets, self.classes)
         cells = rows * self.classes + predictions[:, 0]
         self._confusion.view(-1).scatter_add_(0, cells, torch.ones_like(cells))
@@ -68,6 +73,10 @@ class ClassificationMetrics:
             "mAcc": float(accuracy.mean()),
             "allAcc": top1 / (count + 1e-10),
         }
+
+    def gather(self, team: Team) -> None:
+        """Make the sums those of all processes; each then has the whole."""
+        team.sum_(self.loss_sum, self.counts, self._confusion)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums so far, for a checkpoint in the middle of an epoch."""

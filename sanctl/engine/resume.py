@@ -17,6 +17,11 @@ class Start:
     checkpoint: Checkpoint
     path: Path
 
+    @property
+    def position(self) -> list[int | None]:
+        """The epoch and step of the checkpoint."""
+        return [self.checkpoint.epoch, self.checkpoint.step]
+
     def setting(self, key: str) -> Any:
         """What TRAIN.`key` was in the run that wrote the checkpoint, or None if it does not say."""
         return ((self.checkpoint.config or {}).get("TRAIN") or {}).get(key)

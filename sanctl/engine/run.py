@@ -5,20 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sanctl.config.load import LoadedConfig
 from sanctl.config.schema import Config
-from sanctl.data.loader import EvalLoader, TrainLoader, eval_loader, train_loader
+from sanctl.data.loader import EvalLoader, TrainLoader
 from sanctl.data.normalize import Normalizer
 from sanctl.data.source import ImageSource, open_source
 from sanctl.engine.checkpoint import Checkpoint, load_checkpoint
 from sanctl.engine.device import Precision, choose_device, describe_device, place, prepare_backends
+from sanctl.engine.loaders import open_train, open_val
 from sanctl.engine.resume import Start, find_start, require_continuable
 from sanctl.engine.runfolder import RunFolder
 from sanctl.engine.skipped import needs_several_images
 from sanctl.engine.state import TrainState, load_weights
 from sanctl.engine.steps import Forward, InputPipe
+from sanctl.engine.team import ALONE, Team
 from sanctl.errors import UserError
 from sanctl.report.lognotes import log_as_notes
 from sanctl.report.records import RunInfo
@@ -47,7 +49,9 @@ class Run:
         classes: class names by index.
         device, precision: what it computes on, and in which arithmetic.
         state: what training changes.
+        team: the processes that train together.
         forward: the network, compiled or not.
+        replica: what each process trains of it: the network itself where there is one process.
         pipe: brings batches to the device.
         train, train_images: the training batches, and of how many images.
         val, val_images: the same for validation; None and 0 where the run does not evaluate.
@@ -61,8 +65,10 @@ class Run:
     classes: list[str]
     device: torch.device
     precision: Precision
+    team: Team
     state: TrainState
     forward: Forward
+    replica: Forward
     pipe: InputPipe
     train: TrainLoader
     train_images: int
@@ -96,7 +102,7 @@ class Run:
             classes=len(self.classes),
             train_images=self.train_images,
             val_images=self.val_images,
-            device=describe_device(self.device),
+            device=_describe(self.team, self.device),
             precision=str(self.precision),
             epochs=train.epochs,
             first_epoch=self.state.epoch + 1,
@@ -106,7 +112,9 @@ class Run:
         )
 
 
-def open_run(loaded: LoadedConfig, *, device: str | None, resume: str | None) -> Run:
+def open_run(
+    loaded: LoadedConfig, *, device: str | None, resume: str | None, team: Team = ALONE
+) -> Run:
     """Put a run together without writing anything.
 
     Args:
@@ -114,6 +122,7 @@ def open_run(loaded: LoadedConfig, *, device: str | None, resume: str | None) ->
         device: cpu, cuda, cuda:N, or None to choose.
         resume: a checkpoint's path, "auto" for the newest of the run's folder, or None for what
             TRAIN.resume says.
+        team: the processes that train together, each of which calls this.
 
     Raises:
         UserError: data, configuration, checkpoint or device do not fit.
@@ -121,24 +130,23 @@ def open_run(loaded: LoadedConfig, *, device: str | None, resume: str | None) ->
     notes = list(loaded.notes)
     folder = RunFolder(loaded.run_dir)
     start = find_start(folder, resume or loaded.config.TRAIN.resume, notes)
-    config = _with_seed(loaded.config, start, notes)
+    team.require_same("the checkpoint to go on from", None if start is None else start.position)
+    config = _with_seed(loaded.config, start, notes, team)
     target = choose_device(device, config.TRAIN.train_gpu)
     precision = Precision.choose(config.TRAIN.amp, target)
     if config.TRAIN.amp and precision.autocast_dtype is None:
         notes.append("TRAIN.amp has no effect on a CPU: training in float32")
 
-    if target.type == "cuda" and len(config.TRAIN.train_gpu) > 1:
-        notes.append(f"TRAIN.train_gpu lists several GPUs, of which this run uses one: {target}")
-
     train_source = open_source(config.DATA, "train")
     val_source = open_source(config.DATA, "val") if config.TRAIN.evaluate else None
     _require_same_classes(train_source, val_source)
-    train = _open_train(config, train_source)
+    train = open_train(config, train_source, team)
     if start is not None:
         require_continuable(start, config, train_source.classes, len(train))
-    state = _open_state(config, target, precision, start)
+    state = _open_state(config, target, precision, start, team)
     with log_as_notes(notes.append):
-        _require_images_to_normalise(config, state.model, len(train_source))
+        _require_images_to_normalise(config, state.model, len(train_source), team)
+    forward, replica = _open_forward(config, state.model, target, team)
     return Run(
         config=config,
         dataset=loaded.dataset,
@@ -147,12 +155,14 @@ def open_run(loaded: LoadedConfig, *, device: str | None, resume: str | None) ->
         classes=train_source.classes,
         device=target,
         precision=precision,
+        team=team,
         state=state,
-        forward=torch.compile(state.model) if config.TRAIN.compile else state.model,
+        forward=forward,
+        replica=replica,
         pipe=input_pipe(config, target),
         train=train,
         train_images=len(train_source),
-        val=_open_val(config, val_source),
+        val=open_val(config, val_source, team),
         val_images=0 if val_source is None else len(val_source),
         notes=notes,
     )
@@ -186,13 +196,13 @@ def input_pipe(config: Config, device: torch.device) -> InputPipe:
     return InputPipe(normalizer, device, config.TRAIN.channels_last)
 
 
-def _with_seed(config: Config, start: Start | None, notes: list[str]) -> Config:
+def _with_seed(config: Config, start: Start | None, notes: list[str], team: Team) -> Config:
     """Settle the seed: the configuration's, the interrupted run's, or a new one."""
     if config.TRAIN.manual_seed is not None:
         return config
     seed = None if start is None else start.setting("manual_seed")
     if seed is None:
-        seed = secrets.randbelow(2**31)
+        seed = team.first_says("seed", secrets.randbelow(2**31))
         notes.append(f"seed {seed} (to repeat the run: -o TRAIN.manual_seed={seed})")
     return config.model_copy(
         update={"TRAIN": config.TRAIN.model_copy(update={"manual_seed": seed})}
@@ -200,11 +210,16 @@ def _with_seed(config: Config, start: Start | None, notes: list[str]) -> Config:
 
 
 def _open_state(
-    config: Config, device: torch.device, precision: Precision, start: Start | None
+    config: Config, device: torch.device, precision: Precision, start: Start | None, team: Team
 ) -> TrainState:
     """The network and its optimiser: fresh, from initial weights, or from a checkpoint."""
     prepare_backends(config.TRAIN, device)
-    model = place(build_network(config), device, config.TRAIN.channels_last)
+    model = build_network(config)
+    if config.TRAIN.sync_bn and team.size > 1:
+        if device.type != "cuda":
+            raise UserError("TRAIN.sync_bn: only GPUs have it; leave it out on CPUs")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = place(model, device, config.TRAIN.channels_last)
     if start is None and config.TRAIN.weight:
         path = Path(config.TRAIN.weight)
         load_weights(model, load_checkpoint(path).weights(), path, head=config.TRAIN.weight_head)
@@ -214,7 +229,18 @@ def _open_state(
     return state
 
 
-def _require_images_to_normalise(config: Config, model: nn.Module, images: int) -> None:
+def _open_forward(
+    config: Config, model: nn.Module, device: torch.device, team: Team
+) -> tuple[Forward, Forward]:
+    """The network as it is evaluated, and as this process trains it."""
+    replica = team.replicate(model, device)
+    if not config.TRAIN.compile:
+        return model, replica
+    forward = torch.compile(model)
+    return forward, forward if replica is model else torch.compile(replica)
+
+
+def _require_images_to_normalise(config: Config, model: nn.Module, images: int, team: Team) -> None:
     """Refuse a step of one image where the last feature maps are single pixels.
 
     Batch normalisation has nothing to take a variance of there, and torch would say so at the end
@@ -222,17 +248,29 @@ def _require_images_to_normalise(config: Config, model: nn.Module, images: int) 
     """
     train = config.TRAIN
     sizes = {min(train.batch_size, images), images % train.batch_size} - {0}
-    parts = (part for size in sizes for part in torch.arange(size).chunk(train.accumulate))
+    shares = (share for size in sizes for share in _shares(size, config, team) if len(share))
+    parts = (part for share in shares for part in share.chunk(train.accumulate))
     if all(len(part) > 1 for part in parts):
         return
     side = config.DATA.image_size
     image = next(model.parameters()).new_zeros(1, config.DATA.in_chans, side, side)
     if needs_several_images(model, image):
         raise UserError(
-            f"TRAIN.batch_size {train.batch_size}, TRAIN.accumulate {train.accumulate}: of "
+            f"TRAIN.batch_size {train.batch_size}, TRAIN.accumulate {train.accumulate}"
+            f"{f', {team.size} processes' if team.size > 1 else ''}: of "
             f"{images} training images one would be normalised alone, which needs feature maps "
             f"above 1 x 1 px (DATA.image_size {side}); choose another TRAIN.batch_size"
         )
+
+
+def _shares(size: int, config: Config, team: Team) -> tuple[Tensor, ...]:
+    """A batch as it is cut up into what is normalised together."""
+    return torch.arange(size).tensor_split(1 if config.TRAIN.sync_bn else team.size)
+
+
+def _describe(team: Team, device: torch.device) -> str:
+    text = describe_device(device)
+    return text if team.size == 1 else f"{team.size} processes, the first on {text}"
 
 
 def _require_same_classes(train: ImageSource, val: ImageSource | None) -> None:
@@ -242,22 +280,3 @@ def _require_same_classes(train: ImageSource, val: ImageSource | None) -> None:
     raise UserError(
         f"training and validation images have different classes: {', '.join(different[:5])}"
     )
-
-
-def _open_train(config: Config, source: ImageSource) -> TrainLoader:
-    train = config.TRAIN
-    assert train.manual_seed is not None
-    return train_loader(
-        source,
-        config.DATA,
-        batch_size=train.batch_size,
-        workers=train.workers,
-        seed=train.manual_seed,
-    )
-
-
-def _open_val(config: Config, source: ImageSource | None) -> EvalLoader | None:
-    if source is None:
-        return None
-    train = config.TRAIN
-    return eval_loader(source, config.DATA, batch_size=train.batch_size_val, workers=train.workers)

@@ -8,11 +8,13 @@ from torch import nn
 
 from sanctl.config.schema import Config
 from sanctl.data.loader import Batch
+from sanctl.engine.team import ALONE, Team
 from sanctl.errors import SanctlError
 from sanctl.report.console import printable
 from sanctl_models import Network
 
 FILE = "skipped_images.txt"
+_CPU = torch.device("cpu")
 
 
 class SkippedImages:
@@ -24,24 +26,37 @@ class SkippedImages:
         part: "train", "val" or "test".
         note: Takes a sentence for the user.
         whole: Whether the batches are all of the part, not the rest of an epoch.
+        team: The processes that share the batches: each lists what it left out, and hears of all.
+        device: Where the team's sums are taken.
     """
 
     def __init__(
-        self, folder: Path, part: str, note: Callable[[str], None], whole: bool = True
+        self,
+        folder: Path,
+        part: str,
+        note: Callable[[str], None],
+        whole: bool = True,
+        team: Team = ALONE,
+        device: torch.device = _CPU,
     ) -> None:
         self._path = folder / FILE
         self._part = part
         self._note = note
         self._whole = whole
+        self._team = team
+        self._device = device
         self._listed = self._read()
         self.numbers: set[int] = set()
         self.used = 0
         self._alone = 0
 
     def usable(
-        self, batches: Iterable[Batch], too_small: Callable[[Batch], bool] = lambda _: False
+        self,
+        batches: Iterable[Batch],
+        too_small: Callable[[Batch], bool] = lambda _: False,
+        blank: Batch | None = None,
     ) -> Iterator[Batch | None]:
-        """Yield every batch, or None in place of one of which too little is left.
+        """Yield every batch, or `blank` in place of one of which too little is left.
 
         Raises:
             SanctlError: No image at all could be used, or the list cannot be written.
@@ -52,9 +67,10 @@ class SkippedImages:
             images = len(batch.indices)
             if batch.skipped and images and too_small(batch):
                 self._alone += images
-                images = 0
-            self.used += images
-            yield batch if images else None
+                yield blank
+            else:
+                self.used += images
+                yield batch if len(batch.images) else blank
         self._finish()
 
     def _add(self, batch: Batch) -> None:
@@ -76,16 +92,19 @@ class SkippedImages:
             ) from error
 
     def _finish(self) -> None:
-        if not self.numbers:
+        sums = torch.tensor([self.used, len(self.numbers), self._alone], device=self._device)
+        self._team.sum_(sums)
+        used, skipped, left_alone = sums.tolist()
+        if not skipped:
             return
-        if not self.used and self._whole:
+        if not used and self._whole:
             raise SanctlError(
                 f"none of the {self._part} images can be read; {self._path} says why of each"
             )
-        alone = f"; with them {self._alone} left alone in a batch" if self._alone else ""
+        alone = f"; with them {left_alone} left alone in a batch" if left_alone else ""
         self._note(
-            f"{self._part}: {self.used} images used, {len(self.numbers)} left out that cannot be "
-            f"read, listed in {self._path}{alone}"
+            f"{self._part}: {used} images used, {skipped} left out that cannot be read, listed in "
+            f"{self._path}{alone}"
         )
 
     def _read(self) -> set[str]:

@@ -1,6 +1,8 @@
 """One training step and one pass over evaluation data."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from sanctl.data.normalize import Normalizer
 from sanctl.engine.device import Precision
 from sanctl.engine.losses import Mixup, smoothed_cross_entropy
 from sanctl.engine.state import TrainState
+from sanctl.engine.team import Team
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -36,15 +39,32 @@ class InputPipe:
         return self._normalizer(images).contiguous(memory_format=self._format), targets
 
 
+class StepResult(NamedTuple):
+    """What a training step leaves, without a graph.
+
+    Attributes:
+        logits: (N, classes), of this process's images.
+        mean_loss: a scalar: the mean loss of the whole batch.
+        loss: a scalar: this process's part of that sum, divided by `counted` too.
+        counted: how many targets of the whole batch count.
+    """
+
+    logits: Tensor
+    mean_loss: Tensor
+    loss: Tensor
+    counted: Tensor
+
+
 class TrainStep:
     """Forward, backward and update on a batch.
 
     Args:
         state: what is trained.
         train: the configuration's TRAIN section.
-        forward: `state.model`, compiled or not.
+        forward: `state.model`, compiled or not, or the replica of it that the team trains.
         precision: of forward and backward.
         seed: makes mixup's draws a function of (seed, epoch, step).
+        team: the processes that share each batch.
     """
 
     def __init__(
@@ -54,47 +74,54 @@ class TrainStep:
         forward: Forward,
         precision: Precision,
         seed: int,
+        team: Team,
     ) -> None:
         self._state = state
         self._train = train
         self._forward = forward
         self._precision = precision
         self._seed = seed
+        self._team = team
 
-    def __call__(
-        self, images: Tensor, targets: Tensor, epoch: int, step: int
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, targets: Tensor, epoch: int, step: int) -> StepResult:
         """Train on a batch.
 
         Args:
-            images: (N, C, H, W), normalised.
+            images: (N, C, H, W), normalised; this process's of the batch.
             targets: (N,) int64.
             epoch: the epoch, counted from 1.
             step: the step in it, counted from 0.
-
-        Returns:
-            The logits (N, classes) and the mean loss, a scalar, both without a graph.
         """
         alpha = self._train.mixup_alpha
         mixup, partners = None, targets
         if alpha:
-            mixup = Mixup.draw(alpha, len(images), (self._seed, epoch, step), images.device)
+            seed = (self._seed, epoch, step)
+            mixup = Mixup.draw(alpha, len(images), seed, images.device, self._team.rank)
             images, partners = mixup.mix(images), mixup.partner_targets(targets)
-        parts = self._train.accumulate
         # The loss is the mean over the whole batch, whatever the sizes of its parts.
         count = (targets != self._train.ignore_label).sum()
+        self._team.sum_(count)
         logits, losses = [], []
-        for image_part, target_part, partner_part in zip(
-            images.chunk(parts), targets.chunk(parts), partners.chunk(parts), strict=True
-        ):
-            with self._precision.autocast():
-                output = self._forward(image_part)
-                loss = self._loss(output, target_part, partner_part, mixup, count)
-            self._state.scaler.scale(loss).backward()
+        parts = self._parts(images, targets, partners)
+        for number, (image_part, target_part, partner_part) in enumerate(parts, start=1):
+            last = number == len(parts)
+            with nullcontext() if last else self._team.unsynchronised(self._forward):
+                with self._precision.autocast():
+                    output = self._forward(image_part)
+                    loss = self._loss(output, target_part, partner_part, mixup, count)
+                # A replica's gradients are the mean over the processes; their sum is wanted.
+                self._state.scaler.scale(loss * self._team.size).backward()
             logits.append(output.detach())
             losses.append(loss.detach())
         self._update()
-        return torch.cat(logits), torch.stack(losses).sum()
+        own = torch.stack(losses).sum()
+        mean = own.clone()
+        self._team.sum_(mean)
+        return StepResult(torch.cat(logits), mean, own, count)
+
+    def _parts(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+        chunks = [tensor.chunk(self._train.accumulate) for tensor in tensors]
+        return list(zip(*chunks, strict=True))
 
     def _loss(
         self, logits: Tensor, targets: Tensor, partners: Tensor, mixup: Mixup | None, count: Tensor

@@ -94,6 +94,7 @@ class StepClock:
         self._ends = deque([self._started], maxlen=WINDOW + 1)
         self._waits: deque[float] = deque(maxlen=WINDOW)
         self._images: deque[int] = deque(maxlen=WINDOW)
+        self._own: deque[int] = deque(maxlen=WINDOW)
         self._arrived = self._started
         self._total_wait = 0.0
         self._total_images = 0
@@ -104,19 +105,30 @@ class StepClock:
             self._arrived = time.perf_counter()
             yield batch
 
-    def step_done(self, images: int) -> None:
-        """The batch's step has been computed (or queued, on a GPU)."""
+    def step_done(self, images: int, own: int) -> None:
+        """The batch's step has been computed (or queued, on a GPU).
+
+        Args:
+            images: of the batch, over all processes.
+            own: this process's part of them.
+        """
         wait = self._arrived - self._ends[-1]
         self._waits.append(wait)
         self._images.append(images)
+        self._own.append(own)
         self._ends.append(time.perf_counter())
         self._total_wait += wait
         self._total_images += images
 
     @property
     def images_per_s(self) -> float:
-        """Images per second over the last steps."""
+        """Images per second over the last steps, of all processes."""
         return sum(self._images) / max(self._ends[-1] - self._ends[0], 1e-9)
+
+    @property
+    def own_images_per_s(self) -> float:
+        """Images per second over the last steps, of this process."""
+        return sum(self._own) / max(self._ends[-1] - self._ends[0], 1e-9)
 
     @property
     def data_wait(self) -> float:

@@ -219,14 +219,17 @@ def test_a_checkpoint_that_cannot_be_resumed_is_one_line(place: Place, path: str
 
 
 def test_the_command_to_go_on_repeats_the_options() -> None:
+    from sanctl.cli.processes import words
     from sanctl.cli.train import _command_to_go_on
+    from sanctl.engine.placement import LaunchOptions
 
     command = _command_to_go_on(
-        "shapes", "my net", ["TRAIN.save_path=a b", "TRAIN.epochs=2"], "cpu"
-    )
+        "shapes", "my net", ["TRAIN.save_path=a b", "TRAIN.epochs=2"],
+        words(LaunchOptions("cpu", nproc=2, max_restarts=1)),
+    )  # fmt: skip
     assert shlex.split(command) == [
         "sanctl", "train", "shapes", "my net", "-o", "TRAIN.save_path=a b", "-o", "TRAIN.epochs=2",
-        "--device", "cpu", "--resume", "auto",
+        "--device", "cpu", "--nproc", "2", "--max-restarts", "1", "--resume", "auto",
     ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import subprocess
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -80,3 +81,22 @@ def test_an_error_of_the_function_keeps_its_kind() -> None:
     for count in (0, 2):
         with pytest.raises(ConnectionRefusedError, match="the file server is down"):
             list(Workers(fail, Chunks(4, 1), count=count))
+
+
+def test_a_schedulers_signals_are_for_the_main_process() -> None:
+    """They reach every process of a job, and the main one still needs its workers to save."""
+    results = iter(Workers(killed_at(-1), Chunks(6, 1), count=2))
+    next(results)
+    workers = multiprocessing.active_children()
+    for name in ("-TERM", "-USR1", "-INT"):
+        subprocess.run(["kill", name, *[str(worker.pid) for worker in workers]], check=True)
+    assert [int(chunk) for chunk in results] == [1, 2, 3, 4, 5]
+
+
+def test_the_main_process_can_end_a_worker() -> None:
+    results = iter(Workers(killed_at(-1), Chunks(6, 1), count=1))
+    next(results)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(30)
+    assert not worker.is_alive()

@@ -17,6 +17,7 @@ from sanctl.engine.losses import smoothed_cross_entropy
 from sanctl.engine.metrics import ClassificationMetrics
 from sanctl.engine.run import Run, open_run
 from sanctl.engine.steps import TrainStep
+from sanctl.engine.team import ALONE
 from sanctl.errors import SanctlError, UserError
 from sanctl.report.records import RunSummary
 
@@ -190,13 +191,13 @@ def test_steps_and_metrics_do_not_wait_for_the_gpu() -> None:
     model = create_model("resnet26", num_classes=7).to(GPU)
     precision = Precision.choose(True, GPU)
     state = TrainState(model, train, precision)
-    step = TrainStep(state, train, model, precision, seed=0)
+    step = TrainStep(state, train, model, precision, seed=0, team=ALONE)
     metrics = ClassificationMetrics(7, -1, GPU)
     images = torch.randn(8, 3, 64, 64, device=GPU)
     targets = torch.arange(8, device=GPU) % 7
 
     def once(number: int) -> None:
-        logits, loss = step(images, targets, 1, number)
+        logits, loss, *_ = step(images, targets, 1, number)
         metrics.update(logits, targets, loss)
         metrics.update(logits, targets, smoothed_cross_entropy(logits, targets, 0.0, -1))
 

@@ -129,6 +129,22 @@ def test_ctrl_c_between_two_epochs(place: Place) -> None:
     assert_same_end(place)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_schedulers_signal_saves_too(place: Place, number: signal.Signals) -> None:
+    def on_step(record: StepRecord, training: bool) -> None:
+        if (record.epoch, record.step, training) == (1, 2, True):
+            signal.raise_signal(number)
+            signal.raise_signal(number)  # some send it again
+
+    run = place.open()
+    with pytest.raises(InterruptedRunError, match=r"after epoch 1, step 2; saved ") as caught:
+        fit(run, FilesOnly(run, on_step))
+    assert caught.value.exit_status == 128 + number
+    train(place)
+    go_on(place)
+    assert_same_end(place)
+
+
 def test_a_second_ctrl_c_stops_at_once(place: Place) -> None:
     train(place, "TRAIN.epochs=1", exp="exp/shapes/tiny")
     before = {path: path.read_bytes() for path in place.model.iterdir()}

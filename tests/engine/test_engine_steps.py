@@ -14,6 +14,7 @@ from sanctl.engine.device import Precision
 from sanctl.engine.losses import Mixup
 from sanctl.engine.state import TrainState
 from sanctl.engine.steps import InputPipe, TrainStep, infer
+from sanctl.engine.team import ALONE
 from sanctl_models import build_model
 
 CLASSES = 5
@@ -39,7 +40,7 @@ def make(model: nn.Module, **keys: Any) -> tuple[TrainStep, TrainState]:
     precision = Precision("cpu")
     state = TrainState(model, train, precision)
     state.begin_epoch(train)
-    return TrainStep(state, train, model, precision, SEED), state
+    return TrainStep(state, train, model, precision, SEED, ALONE), state
 
 
 def weights(model: nn.Module) -> torch.Tensor:
@@ -66,7 +67,7 @@ def test_steps_are_a_plain_training_loop(optimizer: str) -> None:
         generator = torch.Generator().manual_seed(number)
         images = torch.randn(4, 1, 16, 16, dtype=torch.float64, generator=generator)
         targets = torch.randint(0, CLASSES, (4,), generator=generator)
-        logits, loss = step(images, targets, 1, number)
+        logits, loss, *_ = step(images, targets, 1, number)
         expected = reference(images)
         expected_loss = F.cross_entropy(expected, targets)
         plain.zero_grad()
@@ -89,8 +90,8 @@ def test_accumulated_parts_are_the_whole_batch(parts: int, keys: dict[str, float
     whole, _ = make(model, base_lr=0.1, **keys)
     in_parts, _ = make(other, base_lr=0.1, accumulate=parts, **keys)
     for number in range(2):
-        logits, loss = whole(images, targets, 1, number)
-        logits_of_parts, loss_of_parts = in_parts(images, targets, 1, number)
+        logits, loss, *_ = whole(images, targets, 1, number)
+        logits_of_parts, loss_of_parts, *_ = in_parts(images, targets, 1, number)
         torch.testing.assert_close(logits, logits_of_parts)
         torch.testing.assert_close(loss, loss_of_parts)
     torch.testing.assert_close(weights(model), weights(other))
@@ -101,7 +102,7 @@ def test_a_batch_of_ignored_images_is_no_reason_to_stop() -> None:
     step, _ = make(model, weight_decay=0.0)
     before = weights(model)
     images, targets = batch()
-    _, loss = step(images, torch.full_like(targets, -1), 1, 0)
+    _, loss, *_ = step(images, torch.full_like(targets, -1), 1, 0)
     assert float(loss) == 0
     assert torch.equal(weights(model), before)
 
@@ -130,7 +131,7 @@ def test_mixup_trains_on_mixed_images_and_both_targets() -> None:
     model = plain_net()
     reference = copy.deepcopy(model)
     step, _ = make(model, mixup_alpha=0.7, label_smoothing=0.2, base_lr=0.1, weight_decay=0.0)
-    _, loss = step(images, targets, 4, 9)
+    _, loss, *_ = step(images, targets, 4, 9)
     drawn = Mixup.draw(0.7, len(images), (SEED, 4, 9), torch.device("cpu"))
     mixed = drawn.lam * images + (1 - drawn.lam) * images[drawn.partners]
     wanted = torch.full((len(images), CLASSES), 0.2 / (CLASSES - 1), dtype=torch.float64)
@@ -170,7 +171,7 @@ def test_channels_last_changes_the_layout_and_not_the_result() -> None:
         step, _ = make(model, base_lr=0.1, channels_last=channels_last)
         inputs, goals = pipe(Batch(images, targets, torch.arange(4)))
         assert inputs.is_contiguous(memory_format=torch.channels_last) == channels_last
-        logits, _ = step(inputs.double(), goals, 1, 0)
+        logits, *_ = step(inputs.double(), goals, 1, 0)
         found.append((logits, weights(model)))
     torch.testing.assert_close(found[0], found[1])
 

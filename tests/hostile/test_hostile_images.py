@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -66,13 +67,17 @@ def test_check_names_exactly_the_bad_ones(dataset: Path, bad: dict[str, set[str]
     assert "240 images: 15 damaged, 0 groups of duplicates, 0 groups in several parts" in out
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize(
+    "how",
+    [["-o", "TRAIN.workers=0"], ["-o", "TRAIN.workers=2"], ["--nproc", "2", "--device", "cpu"]],
+    ids=["alone", "with workers", "two processes"],
+)
 def test_training_leaves_out_and_lists_the_bad_ones(
-    pictures: Place, bad: dict[str, set[str]], workers: str
+    pictures: Place, bad: dict[str, set[str]], how: list[str]
 ) -> None:
-    options = ["-o", "DATA.bad_images=skip", "-o", f"TRAIN.workers={workers}"]
-    status, out, err = pictures.main("train", "shapes", "tiny", *options)
-    assert status == 0, err
+    ended = pictures.sanctl("train", "shapes", "tiny", "-o", "DATA.bad_images=skip", *how)
+    out = ended.stdout
+    assert ended.returncode == 0, ended.stderr
     assert "note train: 190 images used, 10 left out that cannot be read, listed in " in out
     assert "note val: 35 images used, 5 left out that cannot be read, listed in " in out
     assert sorted(listed(pictures.run, "train")) == sorted(bad["train"])
@@ -105,12 +110,12 @@ def test_no_other_image_takes_the_place(tmp_path: Path, workers: int, batch_size
     """The batches are those of the whole dataset, less the bad images."""
     write_images(tmp_path, 40)
     source = FileSource(index_folder(tmp_path)[0])
-    loaders = {"batch_size": batch_size, "workers": workers}
+    train = partial(train_loader, batch_size=batch_size, workers=workers, seed=5)
+    evaluation = partial(eval_loader, batch_size=batch_size, workers=workers)
 
     def batches(bad_images: str) -> tuple[list[Batch], list[Batch]]:
         data = config(bad_images=bad_images)
-        train = train_loader(source, data, seed=5, **loaders)
-        return list(train.epoch(2)), list(eval_loader(source, data, **loaders))
+        return list(train(source, data).epoch(2)), list(evaluation(source, data))
 
     whole = batches("error")
     bad = [int(index) for index in epoch_order(5, 2, 40)[6:12]]
@@ -134,6 +139,22 @@ def bad_in_the_first_epoch(place: Place, root: Path, steps: int, batch: int) -> 
     order = epoch_order(run.seed, 1, len(files))
     for index in order[2 * batch : 5 * batch + 1]:
         spoil(files.path(int(index)), "truncated")
+
+
+def test_processes_take_every_step_together_beside_those_without_images(tmp_path: Path) -> None:
+    """Three steps have no image for anybody, one none for one of them."""
+    root = tmp_path / "own"
+    write_images(root / "train", 40)
+    write_images(root / "val", 10, seed=1)
+    place = Place(tmp_path, root)
+    place.config.write_text(place.config.read_text().replace("classes: 3", f"classes: {CLASSES}"))
+    bad_in_the_first_epoch(place, root, 10, 4)
+    options = ["-o", "DATA.bad_images=skip", "-o", "TRAIN.epochs=1", "--no-test"]
+    ended = place.sanctl("train", "shapes", "tiny", *options, "--device", "cpu", "--nproc", "4")
+    assert ended.returncode == 0, ended.stderr
+    assert "note train: 27 images used, 13 left out that cannot be read" in ended.stdout
+    assert len(listed(place.run, "train")) == 13
+    assert load_checkpoint(place.model / "train_epoch_1.pth").epoch == 1
 
 
 @pytest.mark.parametrize("step", [2, 6, 7])
