@@ -132,46 +132,40 @@ def test_no_other_image_takes_the_place(tmp_path: Path, workers: int, batch_size
             assert left_out == set(old.indices.tolist()) & set(bad)
 
 
-def bad_in_the_first_epoch(place: Place, root: Path, steps: int, batch: int) -> None:
-    """Spoil the images of the third to fifth step, and one of the sixth."""
-    run = place.open(exp="exp/none")
-    files = FileSource(index_folder(root / "train")[0])
-    order = epoch_order(run.seed, 1, len(files))
-    for index in order[2 * batch : 5 * batch + 1]:
-        spoil(files.path(int(index)), "truncated")
-
-
-def test_processes_take_every_step_together_beside_those_without_images(tmp_path: Path) -> None:
-    """Three steps have no image for anybody, one none for one of them."""
+@pytest.fixture
+def holey(tmp_path: Path) -> Place:
+    """40 images, of which those of the third to fifth step are bad, and one of the sixth."""
     root = tmp_path / "own"
     write_images(root / "train", 40)
     write_images(root / "val", 10, seed=1)
     place = Place(tmp_path, root)
     place.config.write_text(place.config.read_text().replace("classes: 3", f"classes: {CLASSES}"))
-    bad_in_the_first_epoch(place, root, 10, 4)
+    files = FileSource(index_folder(root / "train")[0])
+    order = epoch_order(place.open(exp="exp/none").seed, 1, len(files))
+    for index in order[2 * 4 : 5 * 4 + 1]:
+        spoil(files.path(int(index)), "truncated")
+    return place
+
+
+def test_processes_take_every_step_together_beside_those_without_images(holey: Place) -> None:
+    """Three steps have no image for anybody, one none for one of them."""
     options = ["-o", "DATA.bad_images=skip", "-o", "TRAIN.epochs=1", "--no-test"]
-    ended = place.sanctl("train", "shapes", "tiny", *options, "--device", "cpu", "--nproc", "4")
+    ended = holey.sanctl("train", "shapes", "tiny", *options, "--device", "cpu", "--nproc", "4")
     assert ended.returncode == 0, ended.stderr
     assert "note train: 27 images used, 13 left out that cannot be read" in ended.stdout
-    assert len(listed(place.run, "train")) == 13
-    assert load_checkpoint(place.model / "train_epoch_1.pth").epoch == 1
+    assert len(listed(holey.run, "train")) == 13
+    assert load_checkpoint(holey.model / "train_epoch_1.pth").epoch == 1
 
 
 @pytest.mark.parametrize("step", [2, 6, 7])
-def test_a_run_goes_on_exactly_beside_steps_without_images(tmp_path: Path, step: int) -> None:
-    root = tmp_path / "own"
-    write_images(root / "train", 40)
-    write_images(root / "val", 10, seed=1)
-    place = Place(tmp_path, root)
-    place.config.write_text(place.config.read_text().replace("classes: 3", f"classes: {CLASSES}"))
-    bad_in_the_first_epoch(place, root, 10, 4)
+def test_a_run_goes_on_exactly_beside_steps_without_images(holey: Place, step: int) -> None:
     options = ["DATA.bad_images=skip", "TRAIN.epochs=2"]
-    whole = place.open(*options, exp="exp/whole")
+    whole = holey.open(*options, exp="exp/whole")
     fit(whole, FilesOnly(whole))
-    first = place.open(*options)
+    first = holey.open(*options)
     with pytest.raises(InterruptedRunError):
         fit(first, FilesOnly(first, ctrl_c_at(1, step)))
-    second = place.open(*options, resume="auto")
+    second = holey.open(*options, resume="auto")
     fit(second, FilesOnly(second))
     one, other = (load_checkpoint(run.folder.checkpoint(2)).state_dict for run in (whole, second))
     assert all(torch.equal(one[key], other[key]) for key in one)
