@@ -85,10 +85,12 @@ class _Tiles:
     def plane_pitch(self) -> int:
         """Elements of the lines of a channel.
 
-        16 bytes beyond a multiple of 128: the rows of a matrix, each of another channel, lie in
-        different banks.
+        Products of rows and columns that do not exist read on for less than a segment, and beyond
+        the last channel what is there may be on its way still. 16 bytes beyond a multiple of 128:
+        the rows of a matrix, each of another channel, lie in different banks.
         """
-        return -(-self.lines * self.pitch // 64) * 64 + 8
+        read = (self.lines + self.together - 1) * self.pitch + SEGMENT
+        return -(-read // 64) * 64 + 8
 
     @property
     def pieces(self) -> tuple[int, ...]:
