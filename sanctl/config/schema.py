@@ -263,6 +263,23 @@ class TrainConfig(Section):
     save_freq: Count = Field(
         default=1, description="Epochs between two checkpoints; the best is always kept."
     )
+    save_every_steps: Index = Field(
+        default=0,
+        description="Steps between two checkpoints within an epoch, so that a run that dies loses"
+        " no more than these; 0: only at the epochs' ends.",
+    )
+    on_divergence: Literal["stop", "rollback"] = Field(
+        default="stop",
+        description="What a loss, gradient or weight that is not finite does: stop ends the run;"
+        " rollback goes back to the last checkpoint and on with a lower learning rate. Nothing of"
+        " it is saved, and diverged_batch.txt lists the batch's images.",
+    )
+    rollbacks: Index = Field(
+        default=3, description="on_divergence rollback: how often at most; then the run ends."
+    )
+    rollback_lr_factor: Annotated[Number, Field(gt=0, le=1)] = Field(
+        default=0.1, description="Factor of the learning rate after each rollback."
+    )
     save_path: Text | None = Field(
         default=None,
         description="Folder of the run; a trailing /model, as in old files, is left off. Empty:"

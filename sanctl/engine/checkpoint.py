@@ -53,11 +53,12 @@ class Checkpoint:
         epoch: the epoch that these weights come from, counted from 1.
         step: how many steps of that epoch they have seen, or None when the epoch is complete.
         optimizer, scaler, ema: the state_dicts of the training state. The learning rate is a
-            function of the epoch and needs none.
+            function of the epoch and of `rollbacks`, and needs none.
         rng: states of torch's generators, "cpu" and "cuda".
         metrics: sums of the epoch under way, when `step` is given.
         scores: the scores of the epoch, named as the columns of metrics.csv.
         best_epoch, best_score: the best epoch so far, and its validation top-1 in percent.
+        rollbacks: how often the run went back to a checkpoint, to a lower learning rate.
         config: the resolved configuration, as sections of keys.
         classes: class names by index.
         dataset, name: what the run is called.
@@ -74,6 +75,7 @@ class Checkpoint:
     scores: dict[str, float] = field(default_factory=dict)
     best_epoch: _Number = 0
     best_score: float = -1.0
+    rollbacks: _Number = 0
     config: dict[str, Any] | None = None
     classes: list[str] | None = None
     dataset: str | None = None

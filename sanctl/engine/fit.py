@@ -4,25 +4,24 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from torch import nn
 
 from sanctl.data.loader import Batch
 from sanctl.engine.board import RankBoard
-from sanctl.engine.interrupt import InterruptedRunError, StopRequest
+from sanctl.engine.divergence import DivergedError, DivergenceWatch, TakenStep, recover
+from sanctl.engine.interrupt import StopRequest
 from sanctl.engine.losses import smoothed_cross_entropy
 from sanctl.engine.metrics import ClassificationMetrics
 from sanctl.engine.run import Run
+from sanctl.engine.saving import Scores, save_and_stop, save_beginning, save_epoch, save_step
 from sanctl.engine.skipped import SkippedImages, too_small_to_normalise
 from sanctl.engine.steps import TrainStep, infer
-from sanctl.engine.watch import DivergedError, LossWatch, StepClock, is_finite
+from sanctl.engine.watch import StepClock
 from sanctl.report.lognotes import log_as_notes
 from sanctl.report.records import EpochRecord, RunSummary, StepRecord
 from sanctl.report.reporter import Reporter
-
-Scores = dict[str, float]
 
 
 def fit(run: Run, reporter: Reporter, stop: StopRequest | None = None) -> RunSummary:
@@ -37,8 +36,8 @@ def fit(run: Run, reporter: Reporter, stop: StopRequest | None = None) -> RunSum
         The best epoch and its score.
 
     Raises:
-        DivergedError: a loss or a weight is not finite.
-        SanctlError: a checkpoint cannot be written.
+        SanctlError: a checkpoint cannot be written; or a loss, gradient or weight is not finite,
+            and that ends the run.
         InterruptedRunError: a signal asked to stop; the state is saved, and the message says where.
     """
     started = time.perf_counter()
@@ -48,14 +47,15 @@ def fit(run: Run, reporter: Reporter, stop: StopRequest | None = None) -> RunSum
     if done >= epochs:
         reporter.note(f"nothing left to train: epoch {done} is done, TRAIN.epochs is {epochs}")
         return _summary(run, started)
-    if run.team.first:
-        run.folder.prepare(run.config, run.device)
-    reporter.run_started(run.info())
     with (
         log_as_notes(reporter.note),
         nullcontext(stop) if stop else StopRequest(run.team) as stop,
         RankBoard(run.team, run.device) as board,
     ):
+        if run.team.first:
+            run.folder.prepare(run.config, run.device)
+        reporter.run_started(run.info())
+        save_beginning(run)
         _train_epochs(run, Audience(reporter, board), stop)
     summary = _summary(run, started)
     reporter.run_finished(summary)
@@ -78,15 +78,19 @@ class Audience(NamedTuple):
 def _train_epochs(run: Run, audience: Audience, stop: StopRequest) -> None:
     reporter, epochs = audience.reporter, run.config.TRAIN.epochs
     while run.state.epoch < epochs:
-        scores, timing = _train_epoch(run, audience, stop)
+        try:
+            scores, timing = _train_epoch(run, audience, stop)
+        except DivergedError as divergence:
+            recover(run, divergence, reporter)
+            continue
         scores |= _evaluate_epoch(run, audience, stop)
         best = run.state.finish_epoch(_ranked_score(scores, reporter))
         # Reported first: where a run dies between the two, the resumed one does the epoch
         # again and reports it again, while an epoch saved unreported would have no row.
         reporter.epoch_finished(EpochRecord(run.state.epoch, epochs, scores, best, timing))
-        _save_epoch(run, scores, best)
+        save_epoch(run, scores, best)
         if stop.agree(at_once=True):
-            _save_and_stop(run, stop, scores)
+            save_and_stop(run, stop, scores)
 
 
 def _summary(run: Run, started: float) -> RunSummary:
@@ -103,11 +107,9 @@ def _train_epoch(run: Run, audience: Audience, stop: StopRequest) -> tuple[Score
     state, train = run.state, run.config.TRAIN
     epoch, steps = state.epoch + 1, len(run.train)
     rate = state.begin_epoch(train)
-    metrics = ClassificationMetrics(len(run.classes), train.ignore_label, run.device)
-    if state.metrics is not None and run.team.first:  # these are the sums of all processes
-        metrics.load_state_dict(state.metrics)
+    metrics = _begun_metrics(run)
     train_step = TrainStep(state, train, run.replica, run.precision, run.seed, run.team)
-    watch, clock = LossWatch(), StepClock()
+    watch, clock = DivergenceWatch(run), StepClock()
     audience.reporter.epoch_started(epoch, steps, state.step)
     state.model.train()
     for batch in clock.timed(_train_batches(run, audience.reporter)):
@@ -119,20 +121,31 @@ def _train_epoch(run: Run, audience: Audience, stop: StopRequest) -> tuple[Score
         metrics.update(result.logits, targets, result.loss, result.counted)
         clock.step_done(run.train.batch_length(state.step), len(batch.indices))
         state.step += 1
-        watch.push(epoch, state.step, rate, result.mean_loss)
+        watch.push(TakenStep(epoch, state.step, rate, batch.indices), result)
         record = _step_record(run, epoch, state.step, steps, clock, watch.last, rate)
         audience.reporter.step(record)
         audience.step_done(record, clock)
         if stop.agree():
             break
-    watch.flush()
+        if train.save_every_steps and state.step % train.save_every_steps == 0:
+            watch.settle()
+            state.metrics = metrics.gathered(run.team)
+            save_step(run)
+    watch.settle()
     metrics.gather(run.team)
     state.metrics = metrics.state_dict()
     if stop.agreed or stop.agree(at_once=True):
-        _save_and_stop(run, stop, {})
+        save_and_stop(run, stop, {})
     scores = {"epoch": epoch, "lr": rate}
     scores |= {f"{name}_train": value for name, value in metrics.compute().items()}
     return scores, clock.timing()
+
+
+def _begun_metrics(run: Run) -> ClassificationMetrics:
+    metrics = ClassificationMetrics(len(run.classes), run.config.TRAIN.ignore_label, run.device)
+    if run.state.metrics is not None and run.team.first:  # these are the sums of all processes
+        metrics.load_state_dict(run.state.metrics)
+    return metrics
 
 
 def _train_batches(run: Run, reporter: Reporter) -> Iterator[Batch | None]:
@@ -173,7 +186,7 @@ def _evaluate_epoch(run: Run, audience: Audience, stop: StopRequest) -> Scores:
         audience.reporter.evaluation_step(record)
         audience.step_done(record, clock)
         if stop.agree():
-            _save_and_stop(run, stop, {})
+            save_and_stop(run, stop, {})
     metrics.gather(run.team)
     return {f"{name}_val": value for name, value in metrics.compute().items()}
 
@@ -210,40 +223,3 @@ def _step_record(
         loss=loss,
         lr=lr,
     )
-
-
-def _save_epoch(run: Run, scores: Scores, best: bool) -> None:
-    """Save the state after an epoch: as the best when it is, as the newest when that is due."""
-    train, epoch = run.config.TRAIN, run.state.epoch
-    # The best first: where a run dies between the two, the resumed one does the epoch again.
-    if best:
-        _save(run, scores, run.folder.best)
-    if epoch % train.save_freq == 0 or epoch == train.epochs:
-        _save(run, scores, run.folder.checkpoint(epoch))
-        if run.team.first:
-            run.folder.prune()
-
-
-def _save_and_stop(run: Run, stop: StopRequest, scores: Scores) -> NoReturn:
-    """Save the state, after an epoch or in the middle of one, and end the run."""
-    state = run.state
-    if state.step:
-        where = f"epoch {state.epoch + 1}, step {state.step}"
-        path = run.folder.checkpoint(state.epoch + 1, state.step)
-    else:
-        where = f"epoch {state.epoch}"
-        path = run.folder.checkpoint(state.epoch)
-    _save(run, scores, path)
-    if run.team.first:
-        run.folder.prune()
-    raise InterruptedRunError(f"interrupted after {where}; saved {path}", stop.agreed)
-
-
-def _save(run: Run, scores: Scores, path: Path) -> None:
-    """Save the state, which rank 0 does, unless it is not worth going on from."""
-    state = run.state
-    if not is_finite(state.model):  # the last step can do this with a loss that was still finite
-        epoch, step = (state.epoch + 1, state.step) if state.step else (state.epoch, len(run.train))
-        raise DivergedError("weights are not finite", epoch, step, state.lr)
-    if run.team.first:
-        run.checkpoint(scores).save(path)

@@ -78,6 +78,12 @@ class ClassificationMetrics:
         """Make the sums those of all processes; each then has the whole."""
         team.sum_(self.loss_sum, self.counts, self._confusion)
 
+    def gathered(self, team: Team) -> dict[str, Tensor]:
+        """The sums of all processes as a `state_dict`; those of this one stay as they are."""
+        sums = {key: value.clone() for key, value in self.state_dict().items()}
+        team.sum_(*sums.values())
+        return sums
+
     def state_dict(self) -> dict[str, Tensor]:
         """The sums so far, for a checkpoint in the middle of an epoch."""
         return {"loss_sum": self.loss_sum, "counts": self.counts, "confusion": self._confusion}

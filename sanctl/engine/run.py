@@ -1,6 +1,7 @@
 """A run put together from its configuration: data, network, state, and where it goes on."""
 
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,7 @@ class Run:
         replica: what each process trains of it: the network itself where there is one process.
         pipe: brings batches to the device.
         train, train_images: the training batches, and of how many images.
+        image_name: what a training image is called, by its number.
         val, val_images: the same for validation; None and 0 where the run does not evaluate.
         notes: what the user should know before it starts.
     """
@@ -72,6 +74,7 @@ class Run:
     pipe: InputPipe
     train: TrainLoader
     train_images: int
+    image_name: Callable[[int], str]
     val: EvalLoader | None
     val_images: int
     notes: list[str]
@@ -162,6 +165,7 @@ def open_run(
         pipe=input_pipe(config, target),
         train=train,
         train_images=len(train_source),
+        image_name=train_source.name,
         val=open_val(config, val_source, team),
         val_images=0 if val_source is None else len(val_source),
         notes=notes,

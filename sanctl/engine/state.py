@@ -25,6 +25,7 @@ class TrainState:
         epoch: complete epochs.
         step: steps done of the epoch after those.
         metrics: sums of that epoch's scores, if it has been begun.
+        rollbacks: how often the run went back to a checkpoint, to a lower learning rate.
     """
 
     def __init__(self, model: nn.Module, train: TrainConfig, precision: Precision) -> None:
@@ -37,6 +38,7 @@ class TrainState:
         self.metrics: dict[str, Tensor] | None = None
         self.best_epoch = 0
         self.best_score = -1.0
+        self.rollbacks = 0
 
     @property
     def evaluated(self) -> nn.Module:
@@ -50,7 +52,7 @@ class TrainState:
 
     def begin_epoch(self, train: TrainConfig) -> float:
         """Set the learning rate of the epoch about to run, and return it."""
-        rate = learning_rate(train, self.epoch + 1)
+        rate = learning_rate(train, self.epoch + 1) * train.rollback_lr_factor**self.rollbacks
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate
@@ -89,6 +91,7 @@ class TrainState:
             metrics=self.metrics,
             best_epoch=self.best_epoch,
             best_score=self.best_score,
+            rollbacks=self.rollbacks,
         )
 
     def restore(self, saved: Checkpoint, path: Path) -> None:
@@ -110,6 +113,7 @@ class TrainState:
         self.step = saved.step or 0
         self.metrics = saved.metrics
         self.best_epoch, self.best_score = saved.best_epoch, saved.best_score
+        self.rollbacks = saved.rollbacks
         if "cpu" in saved.rng:
             torch.set_rng_state(saved.rng["cpu"])
         if "cuda" in saved.rng and torch.cuda.is_available():

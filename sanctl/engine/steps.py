@@ -45,14 +45,18 @@ class StepResult(NamedTuple):
     Attributes:
         logits: (N, classes), of this process's images.
         mean_loss: a scalar: the mean loss of the whole batch.
-        loss: a scalar: this process's part of that sum, divided by `counted` too.
+        loss: what this process adds to the epoch's sum: `mean_loss` on rank 0, and 0 on the others,
+            so that the sum does not depend on where an epoch was cut in two.
         counted: how many targets of the whole batch count.
+        gradient_norm: a scalar, before clipping; 0 where gradients are scaled, since the scaler
+            leaves out the steps of those that are not finite.
     """
 
     logits: Tensor
     mean_loss: Tensor
     loss: Tensor
     counted: Tensor
+    gradient_norm: Tensor
 
 
 class TrainStep:
@@ -113,11 +117,11 @@ class TrainStep:
                 self._state.scaler.scale(loss * self._team.size).backward()
             logits.append(output.detach())
             losses.append(loss.detach())
-        self._update()
-        own = torch.stack(losses).sum()
-        mean = own.clone()
+        norm = self._update()
+        mean = torch.stack(losses).sum()
         self._team.sum_(mean)
-        return StepResult(torch.cat(logits), mean, own, count)
+        summed = mean if self._team.first else torch.zeros_like(mean)
+        return StepResult(torch.cat(logits), mean, summed, count, norm)
 
     def _parts(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
         chunks = [tensor.chunk(self._train.accumulate) for tensor in tensors]
@@ -133,16 +137,23 @@ class TrainStep:
         other = smoothed_cross_entropy(logits, partners, smoothing, ignore, count)
         return mixup.lam * own + (1 - mixup.lam) * other
 
-    def _update(self) -> None:
+    def _update(self) -> Tensor:
+        """Change the weights; returns the norm of the gradient."""
         state = self._state
         if self._train.clip_grad:
             state.scaler.unscale_(state.optimizer)
-            nn.utils.clip_grad_norm_(state.model.parameters(), self._train.clip_grad)
+        weights = [weight for weight in state.model.parameters() if weight.grad is not None]
+        norm = nn.utils.get_total_norm(
+            [weight.grad for weight in weights if weight.grad is not None]
+        )
+        if self._train.clip_grad:
+            nn.utils.clip_grads_with_norm_(weights, self._train.clip_grad, norm)
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
         if state.ema is not None:
             state.ema.update_parameters(state.model)
+        return torch.zeros_like(norm) if state.scaler.is_enabled() else norm
 
 
 @torch.inference_mode()

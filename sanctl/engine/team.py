@@ -74,6 +74,10 @@ class Team:
         """Rank 0's value, a plain one, on every process; a key serves once."""
         return value
 
+    def gather(self, value: T) -> list[T]:
+        """The plain values of all processes, in rank order; every one of them has to ask."""
+        return [value]
+
     def require_same(self, what: str, value: Any) -> None:
         """Make sure that every process has found the same plain value.
 
@@ -132,6 +136,7 @@ class ProcessTeam(Team):
         self._voters = voters
         self._ballot = torch.zeros((), dtype=torch.int64)
         self._vote: Work | None = None
+        self._gathered = 0
 
     @property
     def store(self) -> Store:
@@ -173,6 +178,13 @@ class ProcessTeam(Team):
             self._store.set(key, json.dumps(value))
             return value
         return json.loads(self._store.get(key))
+
+    def gather(self, value: T) -> list[T]:
+        """The plain values of all processes, in rank order; every one of them has to ask."""
+        self._gathered += 1
+        self._store.set(f"gather/{self._gathered}/{self.rank}", json.dumps(value))
+        keys = (f"gather/{self._gathered}/{rank}" for rank in range(self.size))
+        return [json.loads(self._store.get(key)) for key in keys]
 
     def agree(self, number: int, at_once: bool = False) -> int:
         """Take a vote; see `Team.agree`."""

@@ -40,11 +40,11 @@ class CsvReporter(Reporter):
             self._write()
 
     def epoch_finished(self, record: EpochRecord) -> None:
-        """Add a row."""
+        """Add a row; rows of this epoch and later ones are from before the run went back."""
         row = {"epoch": str(record.epoch)}
         row |= {key: _exact(value) for key, value in record.values.items() if key != "epoch"}
         self._columns += [key for key in row if key not in self._columns]
-        self._rows.append(row)
+        self._rows = [before for before in self._rows if _epoch(before) < record.epoch] + [row]
         self._write()
 
     def _write(self) -> None:
