@@ -8,6 +8,7 @@ import typer
 
 from sanctl.cli.arguments import Device, Overrides
 from sanctl.cli.processes import Gpus, MaxRestarts, Nnodes, NodeRank, Nproc, RdzvEndpoint, words
+from sanctl.cli.signals import told_what_is_saved
 from sanctl.report.style import ProgressStyle
 
 if TYPE_CHECKING:
@@ -66,22 +67,22 @@ def train(
         require_live()
     # Before the import of torch, which takes seconds: a typing error is told at once.
     loaded = resolve_config(dataset, name, overrides)
+    with told_what_is_saved(loaded.run_dir):
+        from sanctl.engine.membership import Membership
+        from sanctl.engine.placement import LaunchOptions, place_processes
+        from sanctl.engine.training import Job
 
-    from sanctl.engine.membership import Membership
-    from sanctl.engine.placement import LaunchOptions, place_processes
-    from sanctl.engine.training import Job
-
-    options = LaunchOptions(device, gpus, nproc, nnodes, node_rank, rdzv_endpoint, max_restarts)
-    member = Membership.found(os.environ, options.launches)
-    placement = None if member else place_processes(loaded.config, options)
-    command = _command_to_go_on(dataset, name, overrides, words(options))
-    job = Job(loaded, options, resume, command, placement, progress)
-    if dry_run:
-        _print_plan(job, member)
-        return
-    used = _train_job(job, member)
-    if used is not None:
-        _finish(job, used, test, quiet=progress is ProgressStyle.NONE)
+        options = LaunchOptions(device, gpus, nproc, nnodes, node_rank, rdzv_endpoint, max_restarts)
+        command = _command_to_go_on(dataset, name, overrides, words(options))
+        member = Membership.found(os.environ, options.launches)
+        placement = None if member else place_processes(loaded.config, options)
+        job = Job(loaded, options, resume, command, placement, progress)
+        if dry_run:
+            _print_plan(job, member)
+            return
+        used = _train_job(job, member)
+        if used is not None:
+            _finish(job, used, test, quiet=progress is ProgressStyle.NONE)
 
 
 def _train_job(job: "Job", member: "Membership | None") -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from killed_run import flat
 from tiny_run import FilesOnly, Place, ctrl_c_at, environment, write_dataset
 
 from sanctl.engine.checkpoint import Checkpoint, load_checkpoint
@@ -55,19 +56,6 @@ def interrupt(
 def go_on(place: Place, *overrides: str, resume: str = "auto") -> None:
     run = place.open(*overrides, resume=resume)
     fit(run, FilesOnly(run))
-
-
-def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """A checkpoint's values by their places in it, tensors as bytes."""
-    if isinstance(value, torch.Tensor):
-        return {name: (str(value.dtype), tuple(value.shape), value.numpy().tobytes())}
-    if isinstance(value, dict):
-        return {
-            place: leaf
-            for key, item in value.items()
-            for place, leaf in flat(item, f"{name}.{key}").items()
-        }
-    return {name: value}
 
 
 def assert_same_end(place: Place, whole: str = "whole") -> None:

@@ -15,6 +15,7 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS.parent / "ops"), str(TESTS), str(TE
 from figures import Figure, Measure  # noqa: E402 - lies beside this file
 from torture_files import fuzzed_readers, hostile_files  # noqa: E402
 from torture_images import bad_images  # noqa: E402
+from torture_runs import killed_runs, signalled_runs  # noqa: E402
 
 from sanctl.report.console import clock, err  # noqa: E402
 from sanctl.report.tables import print_table  # noqa: E402
@@ -23,6 +24,8 @@ MEASURES: dict[str, Measure] = {
     "images": bad_images,
     "files": hostile_files,
     "fuzz": fuzzed_readers,
+    "kills": killed_runs,
+    "signals": signalled_runs,
 }
 
 
