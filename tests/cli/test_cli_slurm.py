@@ -193,6 +193,17 @@ def test_a_job_that_ran_out_of_time_ends_the_training_the_next_time(
     assert "on val images:" in said
 
 
+def test_a_job_that_ran_out_of_time_while_starting(place: Place, cluster: Cluster) -> None:
+    write(place, "-o", "TRAIN.workers=0")
+    job = cluster.start()
+    wait_for(cluster.folder / f"{CALLS}.arguments", job)
+    time.sleep(0.5)
+    job.send_signal(signal.SIGUSR1)
+    said, _ = job.communicate(timeout=60)
+    assert requeued(cluster), said
+    assert not list(place.model.glob("*.pth"))
+
+
 def test_submitting_hands_the_script_to_sbatch(
     place: Place, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,24 +4,22 @@ import random
 
 import pandas as pd
 import pytest
-from killing import WAYS, Way, killed_run, whole_run
+from killing import Way, killed_run, whole_run
 from tiny_run import FilesOnly, Place
 
 from sanctl.engine.checkpoint import load_checkpoint
 from sanctl.engine.fit import fit
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_a_run_killed_at_random_goes_on_bit_for_bit(place: Place, way: Way) -> None:
-    draw = random.Random(str(way))
-    expected = whole_run(place, way, "whole")
-    assert b"loss_train" in expected["metrics.csv"]  # type: ignore[operator]
-    for number in range(2):
-        killed = killed_run(place, way, f"killed_{number}", draw, expected)
-        assert killed.different == []
-
-
 @pytest.mark.parametrize("way", [Way(0, 1), Way(2, 1), Way(0, 2)], ids=str)
+def test_a_run_killed_at_random_goes_on_bit_for_bit(place: Place, way: Way) -> None:
+    expected = whole_run(place, way, "whole")
+    killed = killed_run(place, way, "killed", random.Random(str(way)), expected)
+    assert killed.deaths
+    assert killed.different == []
+
+
+@pytest.mark.parametrize("way", [Way(2, 1), Way(0, 2)], ids=str)
 def test_the_same_seed_gives_the_same_metrics_file(place: Place, way: Way) -> None:
     first, second = (whole_run(place, way, exp) for exp in ("first", "second"))
     assert first["metrics.csv"] == second["metrics.csv"]

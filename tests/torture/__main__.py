@@ -13,6 +13,7 @@ TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS.parent / "ops"), str(TESTS), str(TESTS / "hostile")]
 
 from figures import Figure, Measure  # noqa: E402 - lies beside this file
+from torture_divergence import diverged_runs  # noqa: E402
 from torture_files import fuzzed_readers, hostile_files  # noqa: E402
 from torture_images import bad_images  # noqa: E402
 from torture_runs import killed_runs, signalled_runs  # noqa: E402
@@ -26,6 +27,7 @@ MEASURES: dict[str, Measure] = {
     "fuzz": fuzzed_readers,
     "kills": killed_runs,
     "signals": signalled_runs,
+    "divergence": diverged_runs,
 }
 
 
