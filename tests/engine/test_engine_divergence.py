@@ -119,7 +119,7 @@ class Dies(FilesOnly):
 
     def __init__(self, run: Run, epoch: int) -> None:
         super().__init__(run)
-        write: Callable[[EpochRecord], None] = self.epoch_finished
+        write: Callable[[EpochRecord], None] = vars(self)["epoch_finished"]
 
         def die(record: EpochRecord) -> None:
             write(record)
