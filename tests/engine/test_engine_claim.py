@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
+from claims import contend
 from tiny_run import Place, environment
 
 from sanctl.engine.claim import claimed
@@ -28,23 +29,6 @@ with claimed(Path(sys.argv[1])) as notes:
     if worker:
         print(worker, *notes, flush=True)
     time.sleep(600)
-"""
-
-CONTEND = """
-import sys
-from pathlib import Path
-from sanctl.engine.claim import claimed
-from sanctl.errors import UserError
-
-root, held = Path(sys.argv[1]), 0
-while held < 30:
-    try:
-        with claimed(root):
-            (root / "inside").mkdir()  # fails where somebody else is inside
-            (root / "inside").rmdir()
-            held += 1
-    except UserError:
-        pass
 """
 
 
@@ -109,10 +93,9 @@ def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:
 
 def test_never_are_two_inside(tmp_path: Path) -> None:
     root = tmp_path / "exp" / "tiny"
-    command = [sys.executable, "-c", CONTEND, str(root)]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
-    assert [process.communicate(timeout=120)[1] for process in processes] == [""] * 4
-    assert [process.returncode for process in processes] == [0] * 4
+    held, refused, together = contend(root, processes=4, times=30)
+    assert (held, together) == (120, 0)
+    assert refused > 0
     assert list(tmp_path.rglob(".lock")) == []
 
 
