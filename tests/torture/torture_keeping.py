@@ -27,8 +27,8 @@ def killed_saves(folder: Path) -> Iterator[Figure]:
     total = {name: sum(counts[name] for counts in results) for name in results[0]}
     yield Figure(
         "runs killed while saving: the newest and the best are there and whole",
-        f"{total['missing']} missing, {total['unloadable']} unloadable, {total['wrong']} wrong after "
-        f"{KILLS} kills, {total['cut off']} of them in the middle of a save",
+        f"{total['missing']} missing, {total['unloadable']} unloadable, {total['wrong']} wrong "
+        f"after {KILLS} kills, {total['cut off']} of them in the middle of a save",
         not total["missing"] + total["unloadable"] + total["wrong"] and total["cut off"] > 0,
     )
     yield Figure(
