@@ -147,7 +147,8 @@ def open_run(
     state = _open_state(config, target, precision, start, team)
     with log_as_notes(notes.append):
         _require_images_to_normalise(config, state.model, len(train_source), team)
-    notes.append(describe_room(folder, state.model, config.TRAIN))
+    if state.epoch < config.TRAIN.epochs:
+        notes.append(describe_room(folder, state.model, config.TRAIN))
     forward, replica = _open_forward(config, state.model, target, team)
     return Run(
         config=config,
