@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sanctl.errors import SanctlError
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp", re.DOTALL)
 
 
 @contextmanager
@@ -45,6 +48,16 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             raise
         raise disk_failure(path, cause) from error
     _flush_folder(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed while writing have left in a folder.
+
+    The caller makes sure that nobody is writing there.
+    """
+    for path in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def disk_failure(path: Path, error: OSError) -> SanctlError:

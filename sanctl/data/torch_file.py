@@ -30,7 +30,7 @@ _DEEP_TUPLES = [
     re.compile(code + rb"(?:" + _BETWEEN + code + rb"){1000}", re.DOTALL)
     for code in (rb"\x85", rb"\x86", rb"\x87", rb"t")
 ]
-_ZIP_START = b"PK\x03\x04"
+ZIP_START = b"PK\x03\x04"
 
 
 class RefusedFileError(ValueError):
@@ -57,7 +57,7 @@ def load_torch_file(path: Path, mmap: bool = False) -> Any:
         OSError: The file cannot be opened or read.
     """
     with path.open("rb") as file:
-        if file.read(len(_ZIP_START)) == _ZIP_START:  # by which torch decides as well
+        if file.read(len(ZIP_START)) == ZIP_START:  # by which torch decides as well
             _inspect_archive(path)
         else:
             _inspect_stream(file.fileno())

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from sanctl.data.atomic import atomic_write
+from sanctl.data.seal import ChecksumError, require_whole, save_sealed
 from sanctl.data.torch_file import DamagedFileError, RefusedFileError, load_torch_file
 from sanctl.errors import UserError, shown
 
@@ -84,11 +85,13 @@ class Checkpoint:
     def save(self, path: Path) -> None:
         """Write to a temporary file beside `path`, flush it and rename it into place.
 
+        The file ends with a checksum of its content.
+
         Raises:
             SanctlError: the file cannot be written; what stood at `path` before is intact.
         """
         with atomic_write(path) as file:
-            torch.save({"format": FORMAT, **vars(self)}, file)
+            save_sealed({"format": FORMAT, **vars(self)}, file)
 
     def weights(self) -> dict[str, Tensor]:
         """The weights to test with: the moving average where the run kept one."""
@@ -113,8 +116,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint of ours, one published in the original's format, or bare weights.
 
     Raises:
-        UserError: the file is missing, cut short, no checkpoint, or holds objects other than
-            tensors and plain values, which are refused without being built.
+        UserError: the file is missing, cut short, no checkpoint, does not match its checksum, or
+            holds objects other than tensors and plain values, which are refused without being
+            built.
     """
     content = _read(path)
     if not isinstance(content, dict):
@@ -163,12 +167,18 @@ def _read(path: Path) -> Any:
     if path.is_dir():
         raise UserError(f"{path}: a folder, not a checkpoint; name the .pth file in it")
     try:
+        require_whole(path)
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             return load_torch_file(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ChecksumError as error:
+        raise UserError(
+            f"{path}: damaged since it was written: its checksum does not match; use another "
+            "checkpoint"
+        ) from error
     except DamagedFileError as error:
         raise UserError(f"{path}: cut short, damaged or not a checkpoint") from error
     except RefusedFileError as refusal:

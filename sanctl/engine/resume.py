@@ -55,9 +55,13 @@ def _newest_whole(folder: RunFolder, notes: list[str]) -> Start | None:
     candidates = folder.resumable()
     for path in reversed(candidates):
         try:
-            return Start(load_checkpoint(path), path)
+            start = Start(load_checkpoint(path), path)
         except UserError as error:
             notes.append(str(error))
+            continue
+        if path != candidates[-1]:
+            notes.append(f"{path}: going on from this one, the newest that can be read")
+        return start
     if candidates:
         raise UserError(
             f"{folder.model}: none of its {len(candidates)} checkpoints can be read; "

@@ -17,6 +17,7 @@ from sanctl.engine.checkpoint import Checkpoint, load_checkpoint
 from sanctl.engine.device import Precision, choose_device, describe_device, place, prepare_backends
 from sanctl.engine.loaders import open_train, open_val
 from sanctl.engine.resume import Start, find_start, require_continuable
+from sanctl.engine.room import describe_room
 from sanctl.engine.runfolder import RunFolder
 from sanctl.engine.skipped import needs_several_images
 from sanctl.engine.state import TrainState, load_weights
@@ -149,6 +150,8 @@ def open_run(
     state = _open_state(config, target, precision, start, team)
     with log_as_notes(notes.append):
         _require_images_to_normalise(config, state.model, len(train_source), team)
+    if state.epoch < config.TRAIN.epochs:
+        notes.append(describe_room(folder, state.model, config.TRAIN))
     forward, replica = _open_forward(config, state.model, target, team)
     return Run(
         config=config,

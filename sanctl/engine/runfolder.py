@@ -16,7 +16,7 @@ import torchvision
 from sanctl import __version__
 from sanctl.config.load import config_to_yaml
 from sanctl.config.schema import Config
-from sanctl.data.atomic import atomic_write
+from sanctl.data.atomic import atomic_write, remove_leftovers
 from sanctl.engine.device import operators_backend
 from sanctl.errors import UserError
 from sanctl_ops.backend import installed_cupy
@@ -110,10 +110,14 @@ class RunFolder:
     def prepare(self, config: Config, device: torch.device) -> None:
         """Make the folder and write `config.yaml` (resolved) and `env.json`.
 
+        What a killed run has left half written goes.
+
         Raises:
             UserError: the operators' backend that is asked for by name cannot run on the device.
         """
         self.model.mkdir(parents=True, exist_ok=True)
+        for folder in (self.root, self.model):
+            remove_leftovers(folder)
         with atomic_write(self.root / "config.yaml") as file:
             file.write(config_to_yaml(config).encode())
         with atomic_write(self.root / "env.json") as file:

@@ -1,10 +1,12 @@
 """`sanctl train` in one process: alone, or as one of several."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
 from sanctl.config.load import LoadedConfig
+from sanctl.engine.claim import claimed
 from sanctl.engine.fit import fit
 from sanctl.engine.interrupt import InterruptedRunError, StopRequest
 from sanctl.engine.membership import Membership, joined
@@ -16,6 +18,7 @@ from sanctl.engine.placement import (
     require_images_for_all,
 )
 from sanctl.engine.run import Run, open_run
+from sanctl.engine.team import Team
 from sanctl.report.create import create_reporter
 from sanctl.report.reporter import Reporter
 from sanctl.report.streams import accept_any_name
@@ -55,8 +58,10 @@ def train_alone(job: Job, device: str) -> Run:
         SanctlError: as of `open_run` and `fit`.
         InterruptedRunError: the message says how to go on.
     """
-    run = open_run(job.loaded, device=device, resume=job.resume)
-    return _train(job, run, stop=None)
+    with claimed(job.loaded.run_dir) as notes:
+        run = open_run(job.loaded, device=device, resume=job.resume)
+        run.notes.extend(notes)
+        return _train(job, run, stop=None)
 
 
 def train_as_launched(job: Job) -> None:
@@ -82,8 +87,12 @@ def train_as_member(job: Job, member: Membership, device: str) -> Run:
     """
     config = job.loaded.config
     resume = "auto" if member.attempt else job.resume
-    with joined(member, backend_of(config, device), job.timeout) as (team, stop):
+    with (
+        joined(member, backend_of(config, device), job.timeout) as (team, stop),
+        _claimed_by_first(job, team) as notes,
+    ):
         run = open_run(job.loaded, device=device, resume=resume, team=team)
+        run.notes.extend(notes)
         if member.attempt:
             run.notes.insert(0, f"a process failed: started again, for the {member.attempt}. time")
         return _train(job, run, stop)
@@ -97,6 +106,11 @@ def device_under(job: Job, member: Membership) -> str:
     """
     require_images_for_all(job.loaded.config, member.size)
     return member_device(job.loaded.config, job.options, member)
+
+
+def _claimed_by_first(job: Job, team: Team) -> AbstractContextManager[list[str]]:
+    """The run's folder is rank 0's, which alone writes there."""
+    return claimed(job.loaded.run_dir) if team.first else nullcontext([])
 
 
 def _train(job: Job, run: Run, stop: StopRequest | None) -> Run:

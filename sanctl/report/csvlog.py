@@ -19,16 +19,17 @@ class CsvReporter(Reporter):
     these epochs again. Floats are written so that reading gives the same float.
 
     The file is written whole beside the old one and renamed, so that it is complete at any time;
-    where that fails, the rows stay in memory, training goes on, and the next epoch tries again.
+    where that fails, the rows stay in memory, training goes on, and every epoch tries again.
 
     Args:
         path: The file; its folder is made where it is missing.
-        warn: Takes one sentence when the file could not be written.
+        warn: Takes one sentence when the file could not be written (once until it can be again).
     """
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         self._path = path
         self._warn = warn
+        self._failed = False
         self._columns: list[str] = []
         self._rows: list[dict[str, str]] = []
 
@@ -60,10 +61,14 @@ class CsvReporter(Reporter):
         except OSError as error:
             with suppress(OSError):
                 beside.unlink()
-            self._warn(
-                f"{self._path}: cannot be written ({error.strerror}); training goes on, "
-                "and the next epoch tries again"
-            )
+            if not self._failed:
+                self._warn(
+                    f"{self._path}: cannot be written ({error.strerror}); training goes on, "
+                    "and every epoch tries again"
+                )
+            self._failed = True
+        else:
+            self._failed = False
 
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:

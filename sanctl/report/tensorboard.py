@@ -25,12 +25,14 @@ class TensorBoardReporter(Reporter):
 
     Args:
         folder: Where the event files go; made where it is missing.
-        warn: Takes one sentence when the events could not be written.
+        warn: Takes one sentence when the events could not be written (once until they can be
+            again).
     """
 
     def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
         self._folder = folder
         self._warn = warn
+        self._failed = False
         self._writer: EventsWriter | None = None
         self._unwritten: list[Event] = []
 
@@ -62,10 +64,14 @@ class TensorBoardReporter(Reporter):
             self._unwritten.clear()
         except OSError as error:
             self._writer = None
-            self._warn(
-                f"{self._folder}: TensorBoard events cannot be written ({error.strerror}); "
-                "training goes on, and the next epoch tries again"
-            )
+            if not self._failed:
+                self._warn(
+                    f"{self._folder}: TensorBoard events cannot be written ({error.strerror}); "
+                    "training goes on, and every epoch tries again"
+                )
+            self._failed = True
+        else:
+            self._failed = False
 
     def close(self) -> None:
         """Close the event file; each epoch is already in it."""

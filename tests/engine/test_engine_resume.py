@@ -286,6 +286,22 @@ def test_auto_takes_the_one_before_a_damaged_checkpoint(place: Place) -> None:
     assert_same_end(place)
 
 
+def test_auto_says_what_it_takes_when_a_bit_has_flipped(place: Place) -> None:
+    train(place)
+    train(place, exp="exp/shapes/tiny")
+    newest, before = place.model / "train_epoch_3.pth", place.model / "train_epoch_2.pth"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    run = place.open(resume="auto")
+    assert run.state.epoch == 2
+    refused, taken = (note for note in run.notes if str(place.model) in note)
+    assert refused.startswith(f"{newest}: damaged since it was written: its checksum")
+    assert taken == f"{before}: going on from this one, the newest that can be read"
+    fit(run, FilesOnly(run))
+    assert_same_end(place)
+
+
 def test_auto_falls_back_on_the_best_checkpoint(place: Place) -> None:
     run = place.open("TRAIN.save_freq=100", "TRAIN.epochs=1")
     fit(run, FilesOnly(run))

@@ -105,6 +105,19 @@ def test_prepare_records_the_configuration_and_the_environment(
     assert {"time", "command", "sanctl", "python", "platform", "cuda", "gpus"} <= set(environment)
 
 
+def test_what_killed_runs_have_left_goes_at_the_next_start(place: Place) -> None:
+    loaded = place.load()
+    folder = RunFolder(loaded.run_dir)
+    left = [".model_best.pth.0123abcd.tmp", ".train_epoch_3.pth.ffffffff.tmp"]
+    others = [".x.tmp", "train_epoch_3.pth", "x.0123abcd.tmp", ".model_best.pth.0123abcd.tmp2"]
+    touch(folder, *left, *others)
+    (folder.root / ".env.json.89abcdef.tmp").touch()
+    folder.prepare(loaded.config, torch.device("cpu"))
+    assert {path.name for path in folder.model.iterdir()} == set(others)
+    names = {path.name for path in folder.root.iterdir()}
+    assert names == {"model", "config.yaml", "env.json"}
+
+
 @pytest.mark.parametrize(
     ("variable", "reason"),
     [("auto", "the kernels need a CUDA device, not cpu"), ("torch", "asked for")],

@@ -131,5 +131,5 @@ def test_a_full_disk_warns_keeps_the_old_file_and_loses_no_row(tmp_path: Path) -
     assert [line for line in lines if line not in warned] == [
         *["1 1 1", "2 2 1", "3 3 1", "4 3 1", "5 3 1", "6 6 1"]
     ]
-    assert len(warned) == 2
+    assert len(warned) == 1  # for two epochs
     assert "metrics.csv: cannot be written (File too large); training goes on" in warned[0]

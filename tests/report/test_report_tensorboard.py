@@ -69,6 +69,6 @@ def test_a_folder_that_cannot_be_written_warns_and_loses_nothing(
 
     play(TensorBoardReporter(folder, warnings.append), tmp_path, last=4, at_step=mend)
 
-    assert len(warnings) == 2
+    assert len(warnings) == 1  # for two epochs
     assert "training goes on" in warnings[0]
     assert sorted(read(folder)["top1_val"]) == [1, 2, 3, 4]

@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS.parent), str(TESTS.parent / "ops"), str(TESTS), str(TESTS / "hostile")]
+sys.path[:0] = [str(TESTS.parent), str(TESTS.parent / "ops"), str(TESTS)]
+sys.path[:0] = [str(TESTS / "hostile"), str(TESTS / "engine")]
 
 from figures import Figure, Measure  # noqa: E402 - lies beside this file
 from torture_divergence import diverged_runs  # noqa: E402
 from torture_files import fuzzed_readers, hostile_files  # noqa: E402
 from torture_images import bad_images  # noqa: E402
+from torture_keeping import flipped_bits, full_disks, killed_saves, second_runs  # noqa: E402
 from torture_runs import killed_runs, signalled_runs  # noqa: E402
 
 from sanctl.report.console import clock, err  # noqa: E402
@@ -25,7 +27,11 @@ MEASURES: dict[str, Measure] = {
     "images": bad_images,
     "files": hostile_files,
     "fuzz": fuzzed_readers,
-    "kills": killed_runs,
+    "saves": killed_saves,
+    "bits": flipped_bits,
+    "folders": second_runs,
+    "disk": full_disks,
+    "resumes": killed_runs,
     "signals": signalled_runs,
     "divergence": diverged_runs,
 }
