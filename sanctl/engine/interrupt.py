@@ -5,6 +5,7 @@ The first asks to stop at the next step; a second Ctrl-C stops at once.
 
 import signal
 from types import FrameType, TracebackType
+from typing import Self
 
 from sanctl.engine.team import Team
 from sanctl.errors import SanctlError
@@ -28,7 +29,27 @@ class InterruptedRunError(SanctlError):
         self.exit_status = 128 + number  # what a shell reports for a process ended by the signal
 
 
-class StopRequest:
+class StoppingSignals:
+    """A context in which the signals that ask to stop come to `_on_signal`."""
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._on_signal) for number in STOPPING}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        raise NotImplementedError
+
+
+class StopRequest(StoppingSignals):
     """A context in which the first signal only sets `pending`.
 
     A step that is cut in the middle leaves weights and optimiser out of step with each other; a
@@ -48,19 +69,6 @@ class StopRequest:
         self.agreed = 0
         self._team = team
         self._launched = launched
-
-    def __enter__(self) -> "StopRequest":
-        self._previous = {number: signal.signal(number, self._on_signal) for number in STOPPING}
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
     def agree(self, at_once: bool = False) -> bool:
         """Find out whether all processes stop here; every one of them has to ask.

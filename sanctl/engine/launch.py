@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import forkserver
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, TypeVar
 
 from torch.distributed import DistError
@@ -23,7 +23,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from sanctl.engine.failure import Failure, post, posted
 from sanctl.engine.guard import Guard, current_attempt, local_pids, send
-from sanctl.engine.interrupt import STOPPING, InterruptedRunError
+from sanctl.engine.interrupt import STOPPING, InterruptedRunError, StoppingSignals
 from sanctl.engine.membership import LAUNCHED
 from sanctl.engine.placement import Placement
 from sanctl.engine.store import LEFT, MACHINES, STOP, attempt_store, connect
@@ -196,7 +196,7 @@ def _start_server() -> None:
             signal.signal(number, handler)
 
 
-class _Stopping:
+class _Stopping(StoppingSignals):
     """A context in which signals to this process ask its processes to stop.
 
     Args:
@@ -213,19 +213,6 @@ class _Stopping:
         self.at_once = False
         self._store = store
         self._ranks = ranks
-
-    def __enter__(self) -> "_Stopping":
-        self._before = {number: signal.signal(number, self._on_signal) for number in STOPPING}
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.asked:
