@@ -7,6 +7,8 @@ from functools import partial
 import pytest
 import torch
 from bench_device import DEVICES
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from sanctl.bench.timing import (
@@ -26,6 +28,12 @@ def test_median_and_deciles() -> None:
     timing = Timing.of([float(value) for value in (11, 1, 10, 2, 9, 3, 8, 4, 7, 5, 6)])
     assert timing == Timing(median=6, p10=2, p90=10, samples=11)
     assert timing.spread == pytest.approx(8 / 6)
+
+
+@given(st.lists(st.floats(1e-9, 1e3), min_size=1, max_size=9), st.integers(2, 40))
+def test_deciles_keep_their_order_where_samples_are_equal(values: list[float], times: int) -> None:
+    timing = Timing.of(values * times)
+    assert min(values) <= timing.p10 <= timing.median <= timing.p90 <= max(values)
 
 
 @each_device
