@@ -26,3 +26,15 @@ def _backend_as_before() -> Iterator[None]:
 
     with use_backend():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _precision_as_before() -> Iterator[None]:
+    """Training rounds products as its configuration says, in the whole process."""
+    import torch
+
+    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
+    allowed, benchmark = cudnn.allow_tf32, cudnn.benchmark
+    yield
+    torch.set_float32_matmul_precision(precision)
+    cudnn.allow_tf32, cudnn.benchmark = allowed, benchmark
