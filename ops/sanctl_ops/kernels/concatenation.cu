@@ -18,7 +18,7 @@ __global__ void concatenation_same(const T* x1, Strides s1, const T* x2, Strides
     T* image = out + n * channels.divisor * (K * K + 1) * windows + i;
     if (ky == 0) {
         A centres[V];
-        read_centres<REFLECT, V>(x1 + n * s1.n + c * s1.c, s1, window, row, column, centres);
+        read_own<V>(x1 + n * s1.n + c * s1.c, s1, row, column, centres);
         store<V>(image + c * windows, centres);
     }
     A values[V + K - 1];
@@ -40,9 +40,8 @@ __global__ void concatenation(const T* x1, Strides s1, const T* x2, Strides s2, 
     if (i >= windows) return;
     const int row = i / window.out_width, column = i % window.out_width;
     T* image = out + n * channels * (taps + 1) * windows + i;
-    A centre[1];
-    read_centres<REFLECT, 1>(x1 + n * s1.n + c * s1.c, s1, window, row, column, centre);
-    image[c * windows] = narrow<T>(centre[0]);
+    const A centre = read_centre<REFLECT>(x1 + n * s1.n + c * s1.c, s1, window, row, column);
+    image[c * windows] = narrow<T>(centre);
     T* to = image + (channels + c * taps) * windows;
     visit_taps<REFLECT>(x2 + n * s2.n + c * s2.c, s2, window, row, column,
                         [&](int tap, A value) { to[tap * windows] = narrow<T>(value); });

@@ -61,6 +61,7 @@ __device__ inline void forget_origin(int& value) { asm volatile("" : "+r"(value)
 template <typename T>
 __device__ inline void forget_origin(const T*& pointer) {
     asm volatile("" : "+l"(pointer));
+    __builtin_assume(__isGlobal(pointer));
 }
 
 __device__ inline unsigned shared_address(const void* pointer) {

@@ -16,7 +16,7 @@ __global__ void subtraction2_same(const T* x1, Strides s1, const T* x2, Strides 
     rest /= K;
     const long long plane = rest, c = channels.divide(rest), n = rest;
     A centres[V], values[V + K - 1];
-    read_centres<REFLECT, V>(x1 + n * s1.n + c * s1.c, s1, window, row, column, centres);
+    read_own<V>(x1 + n * s1.n + c * s1.c, s1, row, column, centres);
     read_taps<REFLECT, K, V>(x2 + n * s2.n + c * s2.c, s2, window, row, column, ky, values);
     T* to = out + (plane * K + ky) * K * windows + i;
 #pragma unroll
@@ -38,11 +38,10 @@ __global__ void subtraction2(const T* x1, Strides s1, const T* x2, Strides s2, T
     const long long windows = window.windows();
     if (i >= windows) return;
     const int row = i / window.out_width, column = i % window.out_width;
-    A centre[1];
-    read_centres<REFLECT, 1>(x1 + n * s1.n + c * s1.c, s1, window, row, column, centre);
+    const A centre = read_centre<REFLECT>(x1 + n * s1.n + c * s1.c, s1, window, row, column);
     T* to = out + plane * window.taps() * windows + i;
     visit_taps<REFLECT>(x2 + n * s2.n + c * s2.c, s2, window, row, column,
-                        [&](int tap, A value) { to[tap * windows] = narrow<T>(centre[0] - value); });
+                        [&](int tap, A value) { to[tap * windows] = narrow<T>(centre - value); });
 }
 
 // Both gradients of windows with stride 1 and padding K / 2; blocks run over planes * tiles.

@@ -82,32 +82,54 @@ __device__ inline void visit_taps(const T* plane, const Strides& strides, const 
     }
 }
 
-// Reads what the taps of row ky read in V neighbouring windows of stride 1 and padding K / 2: tap kx
-// of window e gives values[kx + e].
+// Reads what the taps of row ky read in V neighbouring windows of stride 1 and padding K / 2, V being a
+// divisor of the width and of `column`: tap kx of window e gives values[kx + e].
 template <bool REFLECT, int K, int V, typename T>
 __device__ inline void read_taps(const T* plane, const Strides& strides, const Window& window,
                                  int row, int column, int ky,
                                  computed_t<T> (&values)[V + K - 1]) {
-    const int y = source<REFLECT>(row + ky - K / 2, window.height);
-    const T* line = plane + y * strides.h;
+    constexpr int R = K / 2, COUNT = V + K - 1;
+    const int y = source<REFLECT>(row + ky - R, window.height);
+    const T* from = plane + y * strides.h + (column - R) * strides.w;
+    forget_origin(from);
 #pragma unroll
-    for (int e = 0; e < V + K - 1; ++e) {
-        const int x = source<REFLECT>(column + e - K / 2, window.width);
-        const bool inside = REFLECT || (y >= 0 && x >= 0);
-        values[e] = inside ? widen(line[x * strides.w]) : computed_t<T>(0);
+    for (int e = 0; e < COUNT; ++e, from += strides.w) {
+        const bool inside = static_cast<unsigned>(column - R + e) < window.width;
+        const bool exists = inside && (REFLECT || y >= 0);
+        values[e] = exists ? widen(*from) : computed_t<T>(0);
+    }
+    if (!REFLECT) return;
+    // What lies outside is a value that this thread has read, too.
+    const int right = window.width - V - column;
+#pragma unroll
+    for (int apart = 0; apart < R; apart += V) {
+        if (column == apart)
+#pragma unroll
+            for (int e = 0; e < R - apart; ++e) values[e] = values[2 * (R - apart) - e];
+        if (right == apart)
+#pragma unroll
+            for (int e = V + R + apart; e < COUNT; ++e)
+                values[e] = values[2 * (V - 1 + R + apart) - e];
     }
 }
 
-// What V neighbouring windows have at their centres, tap (K - 1) / 2 in both directions.
-template <bool REFLECT, int V, typename T>
-__device__ inline void read_centres(const T* plane, const Strides& strides, const Window& window,
-                                    int row, int column, computed_t<T> (&values)[V]) {
+// The pixels that are the centres of V neighbouring windows of stride 1 and padding K / 2.
+template <int V, typename T>
+__device__ inline void read_own(const T* plane, const Strides& strides, int row, int column,
+                                computed_t<T> (&values)[V]) {
+    const T* from = plane + row * strides.h + column * strides.w;
+    forget_origin(from);
+#pragma unroll
+    for (int e = 0; e < V; ++e, from += strides.w) values[e] = widen(*from);
+}
+
+// What a window has at its centre, tap (K - 1) / 2 in both directions.
+template <bool REFLECT, typename T>
+__device__ inline computed_t<T> read_centre(const T* plane, const Strides& strides,
+                                            const Window& window, int row, int column) {
     const int to_centre = (window.kernel_size - 1) / 2 * window.dilation - window.padding;
     const int y = source<REFLECT>(row * window.stride + to_centre, window.height);
-#pragma unroll
-    for (int e = 0; e < V; ++e) {
-        const int x = source<REFLECT>((column + e) * window.stride + to_centre, window.width);
-        const bool inside = REFLECT || (y >= 0 && x >= 0);
-        values[e] = inside ? widen(plane[y * strides.h + x * strides.w]) : computed_t<T>(0);
-    }
+    const int x = source<REFLECT>(column * window.stride + to_centre, window.width);
+    const bool inside = REFLECT || (y >= 0 && x >= 0);
+    return inside ? widen(plane[y * strides.h + x * strides.w]) : computed_t<T>(0);
 }
