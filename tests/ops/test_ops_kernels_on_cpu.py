@@ -35,11 +35,8 @@ CASES = [
     ("aggregation", torch.bfloat16, Case("tiles", 19, 40, 7, padding=3, channels=2)),
     ("aggregation", torch.bfloat16, Case("rows", 17, 28, 7, padding=3, channels=16, shared=2)),
     ("aggregation", torch.bfloat16, Case("short rows", 14, 14, 7, padding=3, channels=6)),
-    (
-        "aggregation",
-        torch.float16,
-        Case("zeros", 5, 16, 5, padding=2, pad_mode="zero"),
-    ),
+    ("aggregation", torch.float16, Case("zeros", 5, 16, 5, padding=2, pad_mode="zero")),
+    ("aggregation", torch.bfloat16, Case("vectors, zeros", 14, 14, 3, padding=1, pad_mode="zero")),
     ("aggregation", torch.bfloat16, Case("strided", 6, 8, 3, padding=1, layout="channels_last")),
 ]
 

@@ -7,9 +7,9 @@
 #include "staged_tile.cuh"
 #include "window_gradient.cuh"
 
-constexpr int THREADS = 224;  // of a block, at most: 16 rows of 14 vectors, or 8 of 28
-constexpr int GRADIENT_THREADS = 128;  // the same for the gradient of x, which takes more registers
-constexpr int STAGES = 2;     // rows of taps under way or in use
+constexpr int THREADS = 128;          // of a block, at most
+constexpr int GRADIENT_THREADS = 64;  // the same for the gradient of x, which takes more registers
+constexpr int STAGES = 2;             // rows of taps under way or in use
 
 struct Tile {
     int n, weight_channel, top;  // `top` is the first row of the tile
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 template <typename T, bool REFLECT, int K, int V>
-__global__ void __launch_bounds__(GRADIENT_THREADS, 3)
+__global__ void __launch_bounds__(GRADIENT_THREADS, 6)
     aggregation_input_gradient_same(const T* grad, Strides sg, const T* w, T* grad_x, Strides sx,
                                     Window window, Deal deal, int grad_vector) {
     using A = computed_t<T>;
@@ -233,10 +233,8 @@ __global__ void __launch_bounds__(GRADIENT_THREADS, 3)
         row = next;
     }
     __syncthreads();  // from here on, the staged rows make way for sums
-    const int joined = joined_pitch<K, V>(width);
-    join_columns<REFLECT, K, V, CHANNELS>(
-        sums, reinterpret_cast<A*>(staged.data) + (tile.row - tile.top) * joined,
-        deal.rows * joined, tile.column, width, tile.active);
+    join_columns<REFLECT, K, V, CHANNELS>(sums, reinterpret_cast<A*>(staged.data), deal.rows,
+                                          tile.row - tile.top, tile.column, width, tile.active);
     if (!tile.active) return;
     T* to = grad_x + tile.n * sx.n + tile.weight_channel * sx.c + tile.row * sx.h +
             tile.column * sx.w;

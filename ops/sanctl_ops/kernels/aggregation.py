@@ -25,8 +25,8 @@ THREADS = 256
 
 # As in staged_tile.cuh and aggregation.cu.
 CHANNELS = 8
-SAME_THREADS = 224
-GRADIENT_THREADS = 128
+SAME_THREADS = 128
+GRADIENT_THREADS = 64
 STAGES = 2
 
 
@@ -144,7 +144,8 @@ class _Plan:
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        return threads_for(self.rows * self.x.shape[3] // self.vector, SAME_THREADS)
+        owners = self.rows * self.x.shape[3] // self.vector
+        return threads_for(owners, owners)
 
     @property
     def ring(self) -> int:

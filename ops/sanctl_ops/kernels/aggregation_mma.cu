@@ -12,7 +12,7 @@ constexpr int WEIGHT_PITCH = 72;  // 36 words: the diagonals of a band lie in di
 template <int TOGETHER>
 constexpr int THREADS = TOGETHER == 4 ? 128 : 256;
 template <int TOGETHER>
-constexpr int BLOCKS = TOGETHER == 4 ? 8 : 4;
+constexpr int BLOCKS = TOGETHER == 4 ? 6 : 4;
 
 // Where the weights of a warp pass through: K pieces, of a row of taps each, in every slot. Row ky is
 // in slot ky % SLOTS: so chosen that two rows ahead, of the next rows of pixels too, are not in the way.
@@ -123,14 +123,13 @@ __global__ void __launch_bounds__(THREADS<TOGETHER>, BLOCKS<TOGETHER>)
         T* to = ring + R::SUMS + task.lane % 4 * 2 * WEIGHT_PITCH + band.row;
 #pragma unroll
         for (int b = 0; b < PRODUCTS; ++b) {
-            const int column = b % PER_ROW * PIXELS, at = b / PER_ROW * width + column;
-            const int left = width - task.begin - column - band.row;
+            // What lies beyond a row is put right by the next one.
+            if (b > 0 && b % PER_ROW == 0) __syncwarp();
+            const int at = b / PER_ROW * width + b % PER_ROW * PIXELS;
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-                // Pixels beyond a row would take the place of those of the next.
-                if (TOGETHER == 1 || left > half * 8)
-                    write_pair(to + at + half * 8, to + at + half * 8 + WEIGHT_PITCH,
-                               sums[b][half * 2], sums[b][half * 2 + 1]);
+                write_pair(to + at + half * 8, to + at + half * 8 + WEIGHT_PITCH,
+                           sums[b][half * 2], sums[b][half * 2 + 1]);
         }
         __syncwarp();
         T* pixels = out + task.n * so.n + task.weight_channel * so.c +
@@ -184,7 +183,7 @@ __global__ void __launch_bounds__(THREADS<TOGETHER>, BLOCKS<TOGETHER>)
                                     Window window, Deal deal, Divisor segments, int step,
                                     int x_vector, int grad_vector) {
     constexpr int PER_ROW = PRODUCTS / TOGETHER;
-    constexpr int TAPS = (K + 1) * WEIGHT_PITCH;  // the last piece is for what is on no diagonal
+    constexpr int TAPS = (K + 1) * WEIGHT_PITCH;  // the last piece is never read
     extern __shared__ double shared[];
     const Staged<T, MARGIN> staged(shared, deal);
     const int width = window.width, plane = window.height * width;
@@ -214,14 +213,10 @@ __global__ void __launch_bounds__(THREADS<TOGETHER>, BLOCKS<TOGETHER>)
     const Band<K, MARGIN - K / 2> band(task.lane);
     Vectors<K, V, WEIGHT_PITCH> vectors(task.lane, deal.vectors, plane);
     const long long images_before = task.n * deal.weight_channels.divisor + task.weight_channel;
-    int own_tap[2];         // of the two elements that this lane holds of a product's first half
-    bool fits[PER_ROW][2];  // whether its pixels lie in the row
+    int own_tap[2];  // of the two elements that this lane holds of a product's first half
 #pragma unroll
     for (int p = 0; p < 2; ++p)
         own_tap[p] = (band.inside[p] ? band.diagonal[p] : K) * WEIGHT_PITCH + band.row;
-#pragma unroll
-    for (int b = 0; b < PER_ROW * 2; ++b)
-        fits[b / 2][b % 2] = TOGETHER == 1 || b * 8 + band.row < width;
 #pragma unroll 1
     for (; task.row < task.bottom; task.row += step) {
         unsigned pixels[PRODUCTS][2];
@@ -255,11 +250,12 @@ __global__ void __launch_bounds__(THREADS<TOGETHER>, BLOCKS<TOGETHER>)
                     halves[0][p] = band.block[p] ? products[1][p] : products[0][p];
                     halves[1][p] = band.block[p] ? products[2][2 + p] : products[1][2 + p];
                 }
+                // What lies beyond a row is put right by the next one.
+                if (b > 0 && b % PER_ROW == 0) __syncwarp();
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
-                    if (fits[b % PER_ROW][half])
-                        write_pair(first + own_tap[0] + half * 8, first + own_tap[1] + half * 8,
-                                   halves[half][0], halves[half][1]);
+                    write_pair(first + own_tap[0] + half * 8, first + own_tap[1] + half * 8,
+                               halves[half][0], halves[half][1]);
             }
             __syncwarp();
             vectors.visit([&](int there, int here) {

@@ -27,8 +27,10 @@ VECTORS = (8, 4)
 INPUT_VECTORS = (8, 4, 2)
 # Warps of a block, at most, for each number of rows that a warp may take at once.
 MOST_WARPS = {1: 8, 2: 8, 4: 4}
-INPUT_MOST_WARPS = {1: 16, 2: 16, 4: 4}
-PASSES = 2  # times that a warp takes rows, at most
+INPUT_MOST_WARPS = {1: 16, 2: 18, 4: 5}
+# The same where there is a choice.
+INPUT_WARPS = {1: 8, 2: 18, 4: 5}
+PASSES = 2  # times that a warp takes rows of windows to sum over, at most
 
 # As in staged_tile.cuh and banded_mma.cuh.
 CHANNELS = 8
@@ -54,6 +56,7 @@ class _Tiles:
 
     Attributes:
         height, width: sides of the planes.
+        count: tiles of a plane.
         together: rows that one warp takes at once.
         segments: warps that share a row.
         rows: rows of a tile.
@@ -64,17 +67,13 @@ class _Tiles:
 
     height: int
     width: int
+    count: int
     together: int
     segments: int
     rows: int
     step: int
     lines: int
     pitch: int
-
-    @property
-    def count(self) -> int:
-        """Tiles of a plane."""
-        return -(-self.height // self.rows)
 
     @property
     def warps(self) -> int:
@@ -101,7 +100,7 @@ class _Tiles:
 
 def forward(window: Window, x: Tensor, w: Tensor, out: Tensor) -> bool:
     """Write the weighted sums as `aggregation.forward` does; return False if these do not fit."""
-    tiles = _window_tiles(window, x)
+    tiles = _window_tiles(window, x, PASSES)
     size = window.kernel_size
     slots = 4 if size == 7 else size
     ring = max(slots * size, AHEAD * size + CHANNELS) * WEIGHT_PITCH
@@ -113,7 +112,7 @@ def forward(window: Window, x: Tensor, w: Tensor, out: Tensor) -> bool:
 
 def weight_gradient(window: Window, grad: Tensor, x: Tensor, grad_w: Tensor) -> bool:
     """Write the gradient of w as `aggregation.weight_gradient` does; False if these do not fit."""
-    tiles = _window_tiles(window, x)
+    tiles = _window_tiles(window, x, passes=1)
     own = (CHANNELS + 2 * (window.kernel_size + 1)) * WEIGHT_PITCH
     planes = (grad, strides_argument(grad), x, strides_argument(x), grad_w)
     vectors = (staged_vector(x, MARGIN), staged_vector(grad, 8))
@@ -121,12 +120,26 @@ def weight_gradient(window: Window, grad: Tensor, x: Tensor, grad_w: Tensor) -> 
     return _launch_windows(name, window, tiles, x, grad_w, planes, vectors, own)
 
 
-def _window_tiles(window: Window, x: Tensor) -> _Tiles:
-    """Return the tiles for kernels that sum over windows, or for windows' weights."""
-    products = -(-x.shape[3] // PIXELS)
+def _window_tiles(window: Window, x: Tensor, passes: int) -> _Tiles:
+    """Return tiles of like height for kernels that sum over windows, or for windows' weights.
+
+    Args:
+        window: the windows.
+        x: the planes.
+        passes: times that a warp takes rows, at most.
+    """
+    height, width = x.shape[2:]
+    products = -(-width // PIXELS)
     together = 4 if products == 1 else 2 if products == 2 else 1
-    more_lines = window.kernel_size - 1
-    return _cut(x, x.shape[3], together, MOST_WARPS[together], PASSES, more_lines)
+    segments = -(-width // SEGMENT)
+    at_once = max(1, MOST_WARPS[together] // segments) * together
+    passes = min(passes, -(-height // at_once))
+    count = -(-height // (at_once * passes))
+    rows = -(-height // count)
+    step = -(-rows // (passes * together)) * together
+    pitch = (products + 1) * PIXELS
+    lines = rows + window.kernel_size - 1
+    return _Tiles(height, width, count, together, segments, rows, step, lines, pitch)
 
 
 def _launch_windows(
@@ -166,22 +179,22 @@ def _launch_windows(
 def input_gradient(window: Window, grad: Tensor, w: Tensor, grad_x: Tensor) -> bool:
     """Write the gradient of x as `aggregation.input_gradient` does; False if these do not fit."""
     size, (height, width) = window.kernel_size, grad.shape[2:]
-    padded = width + size - 1
-    together = next(n for n in (4, 2, 1) if INPUT_PRODUCTS[n] * PIXELS >= padded or n == 1)
-    # The line beyond the tile stays zero.
-    tiles = _cut(grad, padded, together, INPUT_MOST_WARPS[together], 1, size)
+    tiles = _padded_tiles(grad, size)
+    if tiles is None:
+        return False
     staged = staged_vector(grad, INPUT_MARGIN)
     pieces = (height * width,) if tiles.count == 1 else (height * width, width)
     weights = _vector(w, pieces, INPUT_VECTORS)
     if weights is None or not _fits(window, tiles, grad, w):
         return False
-    reach = size // 2 if tiles.rows > size // 2 else size - 1
-    rows_of_weights = min(height, tiles.rows + reach)
+    together = tiles.together
+    rows_of_weights = min(height, tiles.rows)
     # An odd multiple of 16 bytes: the diagonals of a band lie in different banks.
     tap_pitch = (-(-(INPUT_MARGIN + rows_of_weights * width) // 8) | 1) * 8
     ring = INPUT_STAGES * (size * tap_pitch + BEYOND)
     columns = max(INPUT_PRODUCTS[together] * PIXELS, tiles.segments * SEGMENT)
-    sums = -(-tiles.rows // together) * together * CHANNELS * (columns + 4) * 4 // w.itemsize
+    lines = tiles.warps // tiles.segments * together * CHANNELS
+    sums = lines * (columns + 4) * 4 // w.itemsize
     out_vector = staged_vector(grad_x, 8)
     deal = _deal(tiles, grad, w, 1, staged)
     parameters = (grad.dtype, reflects(window), size, weights, together)
@@ -199,28 +212,28 @@ def input_gradient(window: Window, grad: Tensor, w: Tensor, grad_x: Tensor) -> b
     )
 
 
-def _cut(
-    x: Tensor, columns: int, together: int, most_warps: int, passes: int, more_lines: int
-) -> _Tiles:
-    """Cut planes into tiles of like height.
+def _padded_tiles(x: Tensor, kernel_size: int) -> _Tiles | None:
+    """Return tiles of the padded planes, or None where there are too many rows or columns to each.
 
-    Args:
-        x: the planes.
-        columns: columns of sums in a row, 16 of which make one product.
-        together: rows that one warp takes at once.
-        most_warps: warps of a block, at most.
-        passes: times that a warp takes rows, at most.
-        more_lines: lines to stage beside those of the tile.
+    Those at a border have what lies on padding and all that it reflects, 2 * (K // 2) + 1 rows.
     """
     height, width = x.shape[2:]
+    around = kernel_size // 2 * 2
+    columns = width + around
+    together = next(n for n in (4, 2, 1) if INPUT_PRODUCTS[n] * PIXELS >= columns or n == 1)
     segments = -(-columns // SEGMENT)
-    at_once = max(1, most_warps // segments) * together
-    passes = min(passes, -(-height // at_once))
-    tiles = -(-height // (at_once * passes))
-    rows = -(-height // tiles)
-    step = -(-rows // (passes * together)) * together
+    for count in range(1, max((height + around) // (around + 1), 1) + 1):
+        rows = -(-(height + around) // count)
+        step = -(-rows // together) * together
+        warps = step // together * segments
+        if warps <= INPUT_WARPS[together]:
+            break
+    if warps > INPUT_MOST_WARPS[together]:
+        return None
     pitch = -(-columns // PIXELS) * PIXELS + PIXELS
-    return _Tiles(height, width, together, segments, rows, step, rows + more_lines, pitch)
+    # One line more, which stays zero.
+    lines = rows + kernel_size
+    return _Tiles(height, width, count, together, segments, rows, step, lines, pitch)
 
 
 def _fits(window: Window, tiles: _Tiles, x: Tensor, w: Tensor) -> bool:

@@ -1,12 +1,13 @@
 // The gradient of aggregation's input for 16-bit values, windows of stride 1 and padding K / 2,
 // contiguous weights and at most 8 channels to a weight: see banded_mma.cuh.
 //
-// A warp sums up padded rows, whose first pixel is K / 2 columns outside; the reflected columns are
-// added in the end. The window whose tap (ky, kx) lies on position (y, x) is (y + K / 2 - ky,
-// x + K / 2 - kx). So a block takes one row of taps after the other, of all windows that reach its
-// tile or a reflection of it; they pass through shared memory, copied ahead of use. Weights of windows
-// that do not exist meet zeros: `staged` has zeros around the plane, and its last line is zero.
+// A warp sums up rows of the padded plane; what lies on padding is added to the pixels that it reflects
+// in the end, by the block that has both, so a tile at the border has more than K rows. The window whose tap (ky, kx) lies on position (y, x) is (y + K / 2 - ky, x + K / 2 - kx): a block takes
+// one row of taps after the other, of all windows that reach its tile; they pass through shared memory,
+// copied ahead of use. Weights of windows that do not exist meet zeros: `staged` has zeros beside the
+// plane, and its last line is zero.
 #include "banded_mma.cuh"
+#include "window_gradient.cuh"
 
 constexpr int MARGIN = 8;  // columns staged before the first pixel, and free before the weights
 constexpr int STAGES = 3;  // rows of taps under way or in use
@@ -15,9 +16,9 @@ constexpr int JOINED = 4;  // where a line of sums has its first pixel
 
 // Threads of a block, at most, and blocks of a multiprocessor, at least.
 template <int TOGETHER>
-constexpr int THREADS = TOGETHER == 4 ? 128 : 512;
+constexpr int THREADS = TOGETHER == 4 ? 160 : TOGETHER == 2 ? 576 : 512;
 template <int TOGETHER>
-constexpr int BLOCKS = TOGETHER == 4 ? 8 : 2;
+constexpr int BLOCKS = TOGETHER == 4 ? 5 : 2;
 
 // Products of one of the padded rows that a warp takes at once.
 template <int TOGETHER>
@@ -29,16 +30,11 @@ struct Weights {
     T* slots;  // STAGES slots, of K pieces `pitch` elements apart
     int pitch;
     const T* from;
-    int height, width, top, bottom;
+    int height, width, top, bottom;  // of the padded rows that the block sums up, the last one excluded
 
-    // Near the border of the plane all windows from there on, since reflections need them.
-    __device__ int first(int ky) const {
-        return top <= K / 2 ? 0 : max(top + K / 2 - ky, 0);
-    }
+    __device__ int first(int ky) const { return max(top + K / 2 - ky, 0); }
 
-    __device__ int end(int ky) const {
-        return bottom >= height - K / 2 ? height : min(bottom + K / 2 - ky, height);
-    }
+    __device__ int end(int ky) const { return min(bottom + K / 2 - ky, height); }
 
     __device__ T* slot(int ky) const { return slots + ky % STAGES * (K * pitch + BEYOND); }
 
@@ -61,26 +57,16 @@ struct Weights {
     }
 };
 
-// Writes O pixels of a row of sums, those that reflect them added.
-template <bool REFLECT, int RADIUS, int O, typename T>
-__device__ inline void write_joined(const float* line, int column, int width, T* to,
-                                    long long stride) {
+// Writes O pixels of a line of sums.
+template <int O, typename T>
+__device__ inline void write_pixels(const float* line, T* to, long long stride) {
     constexpr int AT_ONCE = O < 4 ? O : 4;
     float sums[O];
 #pragma unroll
     for (int e = 0; e < O; e += AT_ONCE)
         *reinterpret_cast<Vector<float, AT_ONCE>*>(sums + e) =
-            *reinterpret_cast<const Vector<float, AT_ONCE>*>(line + column + e);
-    if (REFLECT && (column <= RADIUS || column + O >= width - RADIUS))
-#pragma unroll
-        for (int e = 0; e < O; ++e)
-#pragma unroll
-            for (int which = 1; which < IMAGES<REFLECT>; ++which) {
-                int shown_at;
-                if (image<REFLECT>(column + e, width, RADIUS, which, shown_at))
-                    sums[e] += line[shown_at];
-            }
-    store_row<O>(to + column * stride, stride, sums);
+            *reinterpret_cast<const Vector<float, AT_ONCE>*>(line + e);
+    store_row<O>(to, stride, sums);
 }
 
 template <typename T, bool REFLECT, int K, int V, int TOGETHER>
@@ -94,17 +80,22 @@ __global__ void __launch_bounds__(THREADS<TOGETHER>, BLOCKS<TOGETHER>)
     const Staged<T, MARGIN> staged(shared, deal);
     const int width = window.width, height = window.height, lines = deal.rows + K - 1;
     const Task task(deal, segments, height, TOGETHER);
+    // The first tiles have deal.rows padded rows, the others one less. `top` to `bottom` are those of this
+    // block, `row` is the first one of the warp.
+    const int longer = height + 2 * R - static_cast<int>(deal.tiles.divisor) * (deal.rows - 1);
+    const int top = task.tile * deal.rows - max(task.tile - longer, 0) - R;
+    const int bottom = top + deal.rows - (task.tile >= longer);
+    const int row = top + task.row - task.top;
     staged.template copy<false>(grad_vector, grad + task.n * sg.n + task.weight_channel * sg.c,
-                                deal.weight_channels.divisor * sg.c, sg, window, deal, task.top - R,
+                                deal.weight_channels.divisor * sg.c, sg, window, deal, top - R,
                                 lines);
     // The zero line is one that no window of this plane lies on.
     for (int i = threadIdx.x; i < CHANNELS * staged.pitch; i += blockDim.x)
         staged.data[i % CHANNELS * staged.plane_pitch + lines * staged.pitch + i / CHANNELS] = {};
     const long long images_before = task.n * deal.weight_channels.divisor + task.weight_channel;
     const Weights<K, V, T> weights = {
-        staged.end(), tap_pitch, w + images_before * K * K * height * width,
-        height,       width,     task.top,
-        task.bottom};
+        staged.end(), tap_pitch, w + images_before * K * K * height * width, height, width, top,
+        bottom};
     // What lies between the pieces meets zeros, too, and must be finite.
     weights.clear(ring_elements);
     __syncthreads();
@@ -123,68 +114,70 @@ __global__ void __launch_bounds__(THREADS<TOGETHER>, BLOCKS<TOGETHER>)
     forget_origin(low);
     forget_origin(high);
     float sums[TOGETHER * WIDE][4] = {};
-#pragma unroll
+#pragma unroll 1
     for (int ky = 0; ky < K; ++ky) {
         wait_for_groups<STAGES - 2>();
         __syncthreads();
         if (ky + STAGES - 1 < K) weights.fetch(ky + STAGES - 1);
         end_group();
-        if (task.row >= task.bottom) continue;
-        // Adds to row i what row `row` of windows contributes, which may not exist.
-        const T* slot = weights.slot(ky) - weights.first(ky) * width;
-        const auto add = [&](int i, int row, bool exists) {
-            const unsigned line = data + (exists ? row - task.top + R : lines) * staged.pitch *
-                                             static_cast<int>(sizeof(T));
-            const T* taps = exists ? slot + row * width : weights.slot(ky);
+        const int window_row = row + R - ky;  // the one above the first of the warp's rows
+        if (row >= bottom || window_row + TOGETHER <= 0 || window_row >= height) continue;
+        const T* slot = weights.slot(ky);
+        const T* taps = slot + (window_row - weights.first(ky)) * width;
+        const unsigned line = data + (window_row - top + R) * staged.pitch *
+                                         static_cast<int>(sizeof(T));
+        const unsigned zeros = data + lines * staged.pitch * static_cast<int>(sizeof(T));
+#pragma unroll
+        for (int i = 0; i < TOGETHER; ++i) {
+            const bool exists =
+                row + i < bottom && static_cast<unsigned>(window_row + i) < height;
+            const unsigned columns_at =
+                exists ? line + i * staged.pitch * static_cast<int>(sizeof(T)) : zeros;
+            const T* weight = exists ? taps + i * width : slot;
 #pragma unroll
             for (int b = 0; b < WIDE; ++b) {
                 unsigned columns[4];
-                load_matrices<false>(line + b * PIXELS * sizeof(T), columns);
-                band.template multiply<T>(sums[i * WIDE + b], taps + low + b * PIXELS,
-                                          taps + high + b * PIXELS, columns);
+                load_matrices<false>(columns_at + b * PIXELS * sizeof(T), columns);
+                band.template multiply<T>(sums[i * WIDE + b], weight + low + b * PIXELS,
+                                          weight + high + b * PIXELS, columns);
             }
-        };
-#pragma unroll
-        for (int i = 0; i < TOGETHER; ++i) {
-            const int row = task.row + i + R - ky;
-            add(i, row, task.row + i < task.bottom && row >= 0 && row < height);
         }
-        if (!REFLECT || (task.row > R && task.row + TOGETHER < height - R)) continue;
-#pragma unroll
-        for (int i = 0; i < TOGETHER; ++i)
-#pragma unroll
-            for (int which = 1; which < IMAGES<REFLECT>; ++which) {
-                int position;
-                const bool shown = image<REFLECT>(task.row + i, height, R, which, position);
-                const int row = position + R - ky;
-                if (task.row + i < task.bottom && shown && row >= 0 && row < height)
-                    add(i, row, true);
-            }
     }
     __syncthreads();  // from here on, sums take the place of everything, 8 channels of each row
     const int pitch = (TOGETHER > 1 ? WIDE * PIXELS : static_cast<int>(segments.divisor) * SEGMENT) + 4;
-    float* joined = reinterpret_cast<float*>(staged.data) +
-                    (task.row - task.top) * CHANNELS * pitch + JOINED;
+    float* joined = reinterpret_cast<float*>(staged.data) + JOINED;
+    float* own = joined + (row - top) * CHANNELS * pitch;
 #pragma unroll
     for (int p = 0; p < TOGETHER * WIDE; ++p)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            joined[(p / WIDE * CHANNELS + task.lane % 4 * 2 + i % 2) * pitch - R + task.begin +
-                   p % WIDE * PIXELS + band.row + i / 2 * 8] = sums[p][i];
+            own[(p / WIDE * CHANNELS + task.lane % 4 * 2 + i % 2) * pitch - R + task.begin +
+                p % WIDE * PIXELS + band.row + i / 2 * 8] = sums[p][i];
     __syncthreads();
-    if (task.begin > 0) return;  // the warp of a row's first segment writes all of it
-    const int rows = min(TOGETHER, task.bottom - task.row);
-    T* to = grad_x + task.n * sx.n + task.weight_channel * sx.c + task.row * sx.h;
-    for (int i = task.lane; i < rows * CHANNELS * static_cast<int>(written.divisor); i += 32) {
+    const int first = max(top, 0), rows = min(bottom, height) - first;
+    float* pixels = joined + (first - top) * CHANNELS * pitch;
+    if (REFLECT) {
+        for (int i = threadIdx.x; i < (bottom - top) * CHANNELS; i += blockDim.x)
+            add_reflections<R>(joined + i * pitch, 1, width, true, true);
+        __syncthreads();
+        // The same for all columns of a line, from one row of the tile to another.
+        for (int i = threadIdx.x; i < CHANNELS * pitch; i += blockDim.x)
+            add_reflections<R>(pixels + i - JOINED, CHANNELS * pitch, rows, top < 0,
+                               bottom > height);
+        __syncthreads();
+    }
+    T* to = grad_x + task.n * sx.n + task.weight_channel * sx.c + first * sx.h;
+    for (int i = threadIdx.x; i < rows * CHANNELS * static_cast<int>(written.divisor);
+         i += blockDim.x) {
         unsigned line = i;
         const int part = written.divide(line), g = line % CHANNELS;
         if (g >= deal.group) continue;
         with_vector<8>(out_vector, [&](auto vector) {
             constexpr int O = decltype(vector)::value;
-            write_joined<REFLECT, R, O>(joined + line * pitch, part * O, width,
-                                        to + g * deal.weight_channels.divisor * sx.c +
-                                            line / CHANNELS * sx.h,
-                                        sx.w);
+            write_pixels<O>(pixels + line * pitch + part * O,
+                            to + g * deal.weight_channels.divisor * sx.c + line / CHANNELS * sx.h +
+                                part * O * sx.w,
+                            sx.w);
         });
     }
 }

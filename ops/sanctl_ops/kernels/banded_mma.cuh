@@ -24,6 +24,7 @@ constexpr int SEGMENT = PRODUCTS * PIXELS;
 struct Task {
     int lane, warp;
     int n, weight_channel;
+    int tile;
     int top, bottom;  // the rows of the block's tile, the last one excluded
     int row, begin;   // the warp's first row and column
 
@@ -31,7 +32,8 @@ struct Task {
         unsigned part = blockIdx.x, share = threadIdx.x / 32;
         lane = threadIdx.x % 32;
         warp = share;
-        top = deal.tiles.divide(part) * deal.rows;
+        tile = deal.tiles.divide(part);
+        top = tile * deal.rows;
         bottom = min(top + deal.rows, height);
         weight_channel = deal.weight_channels.divide(part);
         n = part;

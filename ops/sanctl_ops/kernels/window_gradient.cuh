@@ -30,22 +30,39 @@ __device__ inline int joined_pitch(int width) {
     return width + (K - 1 + V - 1) / V * V;
 }
 
-// Adds up the ends of neighbouring threads' sums, for PLANES planes at a time. Thread t of a row holds
-// the sums of the padded columns t * V to t * V + V + K - 2. Afterwards sums[p][0..V) are those of the
-// thread's own pixels, the reflected columns added. `line` is the thread's row in shared memory,
-// joined_pitch numbers long, and that of the next plane `plane` numbers further on. Every thread of
-// the block calls this; those that have no pixels are not `active`.
+// Adds what lies beyond the ends of a line of `count` pixels to those that it reflects, where these are
+// ends of the plane. `pixels` is the first one, the others follow `stride` apart. One thread does it,
+// since a pixel of a short line has two reflections.
+template <int RADIUS, typename A>
+__device__ inline void add_reflections(A* pixels, int stride, int count, bool at_first,
+                                       bool at_last) {
+    A* last = pixels + (count - 1) * stride;
+    if (at_first)
+#pragma unroll
+        for (int k = 1; k <= RADIUS; ++k) pixels[k * stride] += pixels[-k * stride];
+    if (at_last)
+#pragma unroll
+        for (int k = 1; k <= RADIUS; ++k) last[-k * stride] += last[k * stride];
+}
+
+// Adds up the ends of neighbouring threads' sums, for PLANES planes of `rows` rows each. Thread t of a
+// row holds the sums of the padded columns t * V to t * V + V + K - 2. Afterwards sums[p][0..V) are
+// those of the thread's own pixels, the reflected columns added. `lines` is shared memory for as many
+// lines, joined_pitch numbers long, `row` and `column` the thread's place in them. Every thread of the
+// block calls this; those that have no pixels are not `active`.
 template <bool REFLECT, int K, int V, int PLANES, typename A>
-__device__ inline void join_columns(A (&sums)[PLANES][V + K - 1], A* line, int plane, int column,
-                                    int width, bool active) {
+__device__ inline void join_columns(A (&sums)[PLANES][V + K - 1], A* lines, int rows, int row,
+                                    int column, int width, bool active) {
     constexpr int PHASES = (V + K - 1 + V - 1) / V;
+    const int pitch = joined_pitch<K, V>(width);
     const bool last = column + V == width;
+    A* own = lines + row * pitch + column;
 #pragma unroll
     for (int phase = 0; phase < PHASES; ++phase) {
         if (active)
 #pragma unroll
             for (int p = 0; p < PLANES; ++p) {
-                A* to = line + p * plane + column + phase * V;
+                A* to = own + p * rows * pitch + phase * V;
                 A values[V] = {};
                 // What nobody has written yet: all of phase 0, and behind the last thread's own.
                 if (phase > 0 && !last) load<V>(to, values);
@@ -56,24 +73,16 @@ __device__ inline void join_columns(A (&sums)[PLANES][V + K - 1], A* line, int p
             }
         __syncthreads();
     }
-    if (!active) return;
-    const bool reflected = REFLECT && (column <= K / 2 || column + V >= width - K / 2);
-#pragma unroll
-    for (int p = 0; p < PLANES; ++p) {
-        const A* from = line + p * plane + K / 2;
-#pragma unroll
-        for (int e = 0; e < V; ++e) {
-            A sum = from[column + e];
-            if (reflected)
-#pragma unroll
-                for (int which = 1; which < IMAGES<REFLECT>; ++which) {
-                    int position;
-                    if (image<REFLECT>(column + e, width, K / 2, which, position))
-                        sum += from[position];
-                }
-            sums[p][e] = sum;
-        }
+    if (REFLECT) {
+        for (int i = threadIdx.x; i < PLANES * rows; i += blockDim.x)
+            add_reflections<K / 2>(lines + i * pitch + K / 2, 1, width, true, true);
+        __syncthreads();
     }
+    if (!active) return;
+#pragma unroll
+    for (int p = 0; p < PLANES; ++p)
+#pragma unroll
+        for (int e = 0; e < V; ++e) sums[p][e] = own[p * rows * pitch + K / 2 + e];
 }
 
 // Reads a row of K taps of V neighbouring windows, all K vectors at once: visit(kx, window, value).
@@ -108,27 +117,27 @@ __device__ inline void sum_taps(const T* grad, const Window& window, int top, in
     const int y = top + own_line;
     const bool active = own_line < rows && y < height;
     A sums[1][V + K - 1] = {}, centres[V] = {};
-    // Most rows are shown once; those near a border stand behind a branch that is seldom taken.
+    // All rows of a tile take the same row of taps at about the same time: what reflections and
+    // neighbours read again, they find in the cache.
+    const T* taps = grad + column;
 #pragma unroll 1
-    for (int which = 0; which < IMAGES<REFLECT>; ++which) {
-        int position;
-        if (!active || !image<REFLECT>(y, height, K / 2, which, position)) continue;
-        const T* taps = grad + column;
+    for (int ky = 0; ky < K && active; ++ky, taps += K * plane) {
+        if (CENTRES)
+            read_row<K, V>(taps + y * width, plane, [&](int, int e, A value) {
+                centres[e] += value;
+            });
 #pragma unroll 1
-        for (int ky = 0; ky < K; ++ky, taps += K * plane) {
+        for (int which = 0; which < IMAGES<REFLECT>; ++which) {
+            int position;
+            if (!image<REFLECT>(y, height, K / 2, which, position)) continue;
             const int row = position + K / 2 - ky;
-            if (row >= 0 && row < height)
-                read_row<K, V>(taps + row * width, plane, [&](int kx, int e, A value) {
-                    sums[0][kx + e] += value;
-                });
-            if (CENTRES && which == 0)
-                read_row<K, V>(taps + y * width, plane, [&](int, int e, A value) {
-                    centres[e] += value;
-                });
+            if (row < 0 || row >= height) continue;
+            read_row<K, V>(taps + row * width, plane, [&](int kx, int e, A value) {
+                sums[0][kx + e] += value;
+            });
         }
     }
-    join_columns<REFLECT, K, V, 1>(sums, lines + own_line * joined_pitch<K, V>(width), 0, column,
-                                   width, active);
+    join_columns<REFLECT, K, V, 1>(sums, lines, rows, own_line, column, width, active);
     if (!active) return;
 #pragma unroll
     for (int e = 0; e < V; ++e) sums[0][e] *= sign;
