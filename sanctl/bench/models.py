@@ -1,25 +1,26 @@
 """`bench-models`: speed, memory and FLOP/s of networks, interleaved in one run.
 
 Every round runs each network for a few steps, so that a drift of the machine's speed hits all of
-them alike. Times are wall-clock times between two moments at which the device has nothing left to
-do; on a GPU, two steps that are not timed come first in each round.
+them alike.
 """
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from sanctl.bench.network import ModelSettings, RunningNetwork, count_flops
-from sanctl.bench.timing import is_out_of_memory, on_device, synchronize
-from sanctl_models import create_model, min_input_size
-
-_STEPS = {"cuda": 10, "cpu": 1}
-_UNTIMED_STEPS = {"cuda": 2, "cpu": 0}
-_WARM_UP_STEPS = {"cuda": 3, "cpu": 1}
+from sanctl.bench.rounds import (
+    failure_of,
+    give_memory_back,
+    greatest,
+    room_to_compile,
+    time_round,
+    too_small,
+    warm_up,
+)
+from sanctl.bench.timing import on_device
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,7 @@ class ModelRecord:
         step_seconds: The mean time of a step in each round; empty where the network did not run.
         ratio: Its speed over the reference's, the median over the rounds; None where one of the
             two did not run.
-        peak: The most bytes that a step held, of this network alone: its weights, optimizer's
-            state and batch, and what was allocated on top during steps. None on a CPU.
+        peak: The most bytes that a step held in any round; see `Round`.
         flop_per_image: Floating-point operations of a step per image.
         failure: Why it did not run, empty where it did.
     """
@@ -114,7 +114,7 @@ def bench_models(
     Returns:
         A record of each network; a network for which images or memory are too small says so.
     """
-    with on_device(device), _room_to_compile(len(names), settings):
+    with on_device(device), room_to_compile(len(names), settings):
         entries: dict[str, _Entry] = {}
         for name in names:
             entries[name] = _start(name, settings, device)
@@ -127,74 +127,34 @@ def bench_models(
     return [_record(name, entries, reference, settings) for name in names]
 
 
-def _room_to_compile(count: int, settings: ModelSettings) -> AbstractContextManager[object]:
-    """Let torch.compile keep the code of all networks, which share their `forward`."""
-    if not settings.compiled:
-        return nullcontext()
-    from torch._dynamo import config
-
-    return config.patch(recompile_limit=config.recompile_limit + count)
-
-
 def _start(name: str, settings: ModelSettings, device: torch.device) -> _Entry:
-    with torch.device("meta"):
-        smallest = min_input_size(create_model(name))
-    if settings.size < smallest:
-        return _Entry(None, [], failure=f"needs images of at least {smallest} px")
-    entry = _Entry(None, [])
+    entry = _Entry(None, [], failure=too_small(name, settings))
+    if entry.failure:
+        return entry
 
-    def warm_up() -> None:
+    def begin() -> None:
         entry.running = RunningNetwork(name, settings, device)
-        for _ in range(_WARM_UP_STEPS[device.type]):
-            entry.running.step()
-        synchronize(device)
+        warm_up(entry.running, device)
 
-    _unless_memory_is_short(entry, device, warm_up)
+    _unless_it_fails(entry, device, begin)
     return entry
 
 
 def _run_round(entry: _Entry, running: RunningNetwork, device: torch.device) -> None:
     def timed() -> None:
-        for _ in range(_UNTIMED_STEPS[device.type]):
-            running.step()
-        synchronize(device)
-        before = _reset_peak(device)
-        start = time.perf_counter()
-        for _ in range(_STEPS[device.type]):
-            running.step()
-        synchronize(device)
-        entry.seconds.append((time.perf_counter() - start) / _STEPS[device.type])
-        if before is not None:
-            on_top = torch.cuda.max_memory_allocated(device) - before
-            entry.peak = max(entry.peak or 0, running.held_bytes() + on_top)
+        measured = time_round(running, device)
+        entry.seconds.append(measured.seconds)
+        entry.peak = greatest(entry.peak, measured.peak)
 
-    _unless_memory_is_short(entry, device, timed)
+    _unless_it_fails(entry, device, timed)
 
 
-def _reset_peak(device: torch.device) -> int | None:
-    """Have the peak of memory start anew; return what is held now, None on a CPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
-
-
-def _unless_memory_is_short(
-    entry: _Entry, device: torch.device, action: Callable[[], None]
-) -> None:
-    """Do something; where memory does not suffice, or a batch is too small, the network fails."""
-    try:
-        action()
-        return
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        failure = "out of memory"
-    except ValueError as error:  # of batch normalisation, where there is but one value
-        failure = str(error)
-    entry.running, entry.seconds, entry.peak, entry.failure = None, [], None, failure
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def _unless_it_fails(entry: _Entry, device: torch.device, action: Callable[[], None]) -> None:
+    """Do something; where it fails, the network leaves the run."""
+    failure = failure_of(action)
+    if failure:
+        entry.running, entry.seconds, entry.peak, entry.failure = None, [], None, failure
+        give_memory_back(device)
 
 
 def _record(

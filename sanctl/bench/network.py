@@ -1,11 +1,11 @@
 """One network of `bench-models`: built for its step, and what it holds and computes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sanctl_models import create_model
@@ -20,7 +20,7 @@ class ModelSettings:
     Attributes:
         mode: "train" (forward, cross-entropy, backward, SGD with momentum) or "infer" (forward in
             evaluation mode).
-        batch: Images in a step.
+        batch: Images in a step of one process.
         size: Side of the images in pixels.
         autocast_dtype: Of automatic mixed precision; None for float32.
         compiled: Run through torch.compile.
@@ -50,6 +50,7 @@ class RunningNetwork:
         self._settings = settings
         self._device = device
         self._model = model.train(settings.trains)
+        self._replica: nn.Module | None = None
         self._forward = torch.compile(model) if settings.compiled else model
         self._optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         scaled = settings.autocast_dtype is torch.float16
@@ -57,6 +58,17 @@ class RunningNetwork:
         images = torch.randn(settings.batch, 3, settings.size, settings.size, device=device)
         self._images = images.contiguous(memory_format=layout)
         self._targets = torch.randint(CLASSES, (settings.batch,), device=device)
+
+    def replicate(self, replicate: Callable[[nn.Module, torch.device], nn.Module]) -> nn.Module:
+        """Train a replica from now on; return it.
+
+        Args:
+            replicate: Makes a module of the network and its device whose gradients are the mean
+                over several processes.
+        """
+        self._replica = replicate(self._model, self._device)
+        self._forward = torch.compile(self._replica) if self._settings.compiled else self._replica
+        return self._replica
 
     def step(self) -> None:
         """Queue a step."""
@@ -69,9 +81,13 @@ class RunningNetwork:
     def held_bytes(self) -> int:
         """Return what the network holds between steps: weights, optimizer's state, and its batch.
 
-        Gradients are let go of after every step.
+        Gradients are let go of after every step, but those of a replica, which stay in the buffers
+        by which they are exchanged.
         """
-        return sum(tensor.nbytes for tensor in self._tensors())
+        held = sum(tensor.nbytes for tensor in self._tensors())
+        if self._replica is not None:
+            held += sum(weight.nbytes for weight in self._model.parameters())
+        return held
 
     def _train(self) -> None:
         with self._autocast():

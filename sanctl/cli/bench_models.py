@@ -9,6 +9,7 @@ from sanctl.cli.arguments import Device
 from sanctl.cli.bench_options import (
     CsvFile,
     JsonFile,
+    choose_operators,
     chosen,
     figure,
     note,
@@ -17,6 +18,9 @@ from sanctl.cli.bench_options import (
     require_places,
     write_files,
 )
+from sanctl.cli.bench_plan import Outcome, Plan
+from sanctl.cli.bench_scaling import choose_processes, measure_scaling
+from sanctl.cli.processes import PANEL, Nproc
 from sanctl.errors import SanctlError
 
 if TYPE_CHECKING:
@@ -56,7 +60,10 @@ def bench_models(
         bool, typer.Option("--channels-last", help="Use the channels_last memory layout.")
     ] = False,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Images in a step. Default: 64 on a GPU, 2 on a CPU.")
+        int | None,
+        typer.Option(
+            min=1, help="Images in a step, of each process. Default: 64 on a GPU, 2 on a CPU."
+        ),
     ] = None,
     size: Annotated[int, typer.Option(min=1, help="Side of the images in pixels.")] = 224,
     rounds: Annotated[
@@ -68,49 +75,55 @@ def bench_models(
         typer.Option(metavar="auto|torch|cupy", help="What runs attention. Default: auto."),
     ] = None,
     device: Device = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0,1,...",
+            help="GPUs, a process each: the speed of the first alone and of all together, each at "
+            "--batch images a step (weak scaling), and their ratio.",
+            rich_help_panel=PANEL,
+        ),
+    ] = None,
+    nproc: Nproc = None,
     json: JsonFile = None,
     csv: CsvFile = None,
 ) -> None:
-    """Time networks in turns within one run, and compare their speed with one of them."""
+    """Time networks in turns within one run, and compare their speed with one of them.
+
+    With --gpus or --nproc, several processes are compared with one in the same
+    rounds; they train together as those of `sanctl train` do, or infer side by side.
+    """
     require_places(json, csv)
 
-    from sanctl.bench.backends import backend_set
+    import torch
+
     from sanctl.bench.export import circumstances
-    from sanctl.bench.models import bench_models
     from sanctl.bench.network import ModelSettings
-    from sanctl.engine.device import describe_device
-    from sanctl.report.console import out, progress
-    from sanctl.report.lognotes import log_as_notes
+    from sanctl.engine.placement import LaunchOptions
+    from sanctl.report.console import out
 
     names = _networks(models, reference)
     require_known("--mode", mode, ["train", "infer"])
     if backend is not None:
         require_known("--backend", backend, ["auto", "torch", "cupy"])
-    target, choice = open_device(device, backend)
+    options, placement = LaunchOptions(device, gpus, nproc), None
+    if options.launches:
+        placement = choose_processes(options)
+        target = torch.device(placement.devices[0])
+        choice = choose_operators(target, backend)
+    else:
+        target, choice = open_device(device, backend)
     batch, rounds = batch or _DEFAULT_BATCH[target.type], rounds or _DEFAULT_ROUNDS[target.type]
     settings = ModelSettings(mode, batch, size, _autocast(amp, target), compiled, channels_last)
-    with (
-        backend_set(choice.name),
-        progress("rounds of networks", len(names) * (rounds + 1)) as advance,
-        log_as_notes(note),
-    ):
-        records = bench_models(names, reference, settings, rounds, target, advance)
-    about = circumstances(
-        describe_device(target),
-        {
-            "models": names,
-            "reference": reference,
-            "rounds": rounds,
-            "backend": choice.name,
-            **asdict(settings),
-            "autocast_dtype": _precision(settings),
-        },
-    )
-    _print_table(records, settings)
-    out.print(f"{about['device']}, attention by {choice.name}")
-    out.print(f"ratio: speed over {reference}'s; +-%: half the range over the rounds")
-    write_files(json, csv, about, [record.as_row() for record in records])
-    if all(record.failure for record in records):
+    plan = Plan(names, reference, settings, rounds, choice.name)
+    outcome = measure_scaling(plan, placement) if placement else _measure(plan, target)
+    processes = placement.processes if placement else 1
+    about = circumstances(outcome.device, _settings(plan, processes))
+    _print(outcome, plan)
+    out.print(f"{outcome.device}, attention by {choice.name}")
+    out.print(outcome.legend)
+    write_files(json, csv, about, [record.as_row() for record in outcome.records])
+    if all(record.failure for record in outcome.records):
         raise SanctlError("none of the networks could be measured")
 
 
@@ -136,15 +149,55 @@ def _precision(settings: "ModelSettings") -> str:
     return str(settings.autocast_dtype or "float32").removeprefix("torch.")
 
 
-def _print_table(records: "list[ModelRecord]", settings: "ModelSettings") -> None:
+def _settings(plan: Plan, processes: int) -> dict[str, object]:
+    return {
+        "models": plan.names,
+        "reference": plan.reference,
+        "rounds": plan.rounds,
+        "backend": plan.backend,
+        "processes": processes,
+        **asdict(plan.settings),
+        "autocast_dtype": _precision(plan.settings),
+    }
+
+
+def _measure(plan: Plan, device: "torch.device") -> Outcome:
+    """Measure in this process."""
+    from sanctl.bench.backends import backend_set
+    from sanctl.bench.models import bench_models
+    from sanctl.engine.device import describe_device
+    from sanctl.report.console import progress
+    from sanctl.report.lognotes import log_as_notes
+
+    with (
+        backend_set(plan.backend),
+        progress("rounds of networks", plan.turns) as advance,
+        log_as_notes(note),
+    ):
+        records = bench_models(
+            plan.names, plan.reference, plan.settings, plan.rounds, device, advance
+        )
+    return Outcome(
+        records=records,
+        device=describe_device(device),
+        columns=_COLUMNS,
+        rows=[_row(record) for record in records],
+        where="",
+        legend=f"ratio: speed over {plan.reference}'s; +-%: half the range over the rounds",
+    )
+
+
+def _print(outcome: Outcome, plan: Plan) -> None:
     from sanctl.report.console import out
     from sanctl.report.tables import print_table
 
+    settings = plan.settings
     switches = {"compiled": settings.compiled, "channels_last": settings.channels_last}
     how = [_precision(settings), *(name for name, on in switches.items() if on)]
-    title = f"{settings.mode}, batch {settings.batch}, {settings.size} px, {', '.join(how)}"
-    print_table(_COLUMNS, [_row(record) for record in records], title=title)
-    for record in records:
+    batch = f"batch {settings.batch}{outcome.where}"
+    title = f"{settings.mode}, {batch}, {settings.size} px, {', '.join(how)}"
+    print_table(outcome.columns, outcome.rows, title=title)
+    for record in outcome.records:
         if record.failure:
             out.print(f"{record.network} was not measured: {record.failure}")
 

@@ -84,11 +84,29 @@ def open_device(name: str | None, backend: str | None) -> "tuple[torch.device, C
     """
     from sanctl.bench.backends import backend_set
     from sanctl.config.schema import TrainConfig
-    from sanctl.engine.device import choose_device, operators_backend, prepare_backends
-    from sanctl_ops import requested_backend
+    from sanctl.engine.device import choose_device, prepare_backends
 
     with backend_set("torch"):  # which runs anywhere
         device = choose_device(name, [0])
+    choice = choose_operators(device, backend)
+    prepare_backends(TrainConfig(manual_seed=0), device)
+    return device, choice
+
+
+def choose_operators(device: "torch.device", backend: str | None) -> "Choice":
+    """Choose what runs the operators on a device; say so where it is not the kernels of a GPU.
+
+    Args:
+        device: Where they run.
+        backend: --backend; None for what is set already.
+
+    Raises:
+        UserError: The backend cannot run there.
+    """
+    from sanctl.bench.backends import backend_set
+    from sanctl.engine.device import operators_backend
+    from sanctl_ops import requested_backend
+
     with backend_set(backend):
         try:
             choice = operators_backend(device)
@@ -97,8 +115,7 @@ def open_device(name: str | None, backend: str | None) -> "tuple[torch.device, C
         if device.type == "cuda" and choice.name == "torch" and requested_backend() == "auto":
             because = "; ".join(filter(None, (choice.reason, choice.mend)))
             note(f"the cupy backend cannot run: {because}")
-    prepare_backends(TrainConfig(manual_seed=0), device)
-    return device, choice
+    return choice
 
 
 def note(text: str) -> None:

@@ -1,4 +1,4 @@
-"""The options of `sanctl train` for several processes, and how they are repeated."""
+"""The options for several processes, and how they are repeated."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,14 +7,15 @@ import typer
 if TYPE_CHECKING:
     from sanctl.engine.placement import LaunchOptions
 
-_PANEL = "Several processes"
+PANEL = "Several processes"
+"""Under which the help lists them."""
 
 Gpus = Annotated[
     str | None,
     typer.Option(
         metavar="0,1,...",
         help="GPUs of this machine, a process each; default: TRAIN.train_gpu.",
-        rich_help_panel=_PANEL,
+        rich_help_panel=PANEL,
     ),
 ]
 Nproc = Annotated[
@@ -22,7 +23,7 @@ Nproc = Annotated[
     typer.Option(
         min=1,
         help="Processes on this machine: the first GPUs, or with --device cpu any number.",
-        rich_help_panel=_PANEL,
+        rich_help_panel=PANEL,
     ),
 ]
 Nnodes = Annotated[
@@ -30,7 +31,7 @@ Nnodes = Annotated[
     typer.Option(
         min=1,
         help="Machines; start the command on each. Default: Distributed.world_size.",
-        rich_help_panel=_PANEL,
+        rich_help_panel=PANEL,
     ),
 ]
 NodeRank = Annotated[
@@ -38,7 +39,7 @@ NodeRank = Annotated[
     typer.Option(
         min=0,
         help="This machine's number, from 0. Default: Distributed.rank.",
-        rich_help_panel=_PANEL,
+        rich_help_panel=PANEL,
     ),
 ]
 RdzvEndpoint = Annotated[
@@ -47,7 +48,7 @@ RdzvEndpoint = Annotated[
         metavar="HOST:PORT",
         help="Where the machines meet: machine 0 and a free port of it. "
         "Default: Distributed.dist_url.",
-        rich_help_panel=_PANEL,
+        rich_help_panel=PANEL,
     ),
 ]
 MaxRestarts = Annotated[
@@ -55,7 +56,7 @@ MaxRestarts = Annotated[
     typer.Option(
         min=0,
         help="How often to go on from the last checkpoint after a process has failed.",
-        rich_help_panel=_PANEL,
+        rich_help_panel=PANEL,
     ),
 ]
 

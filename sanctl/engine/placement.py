@@ -73,9 +73,7 @@ def place_processes(config: Config, options: LaunchOptions) -> Placement:
         UserError: options or configuration ask for what this machine does not have, or for what
             makes no sense.
     """
-    devices, notes = _devices(config, options)
-    for device in devices:
-        choose_device(device, [])  # refuses what there is not
+    devices, notes = local_devices(options, config.TRAIN.train_gpu)
     nodes, node = _machines(config, options)
     host, port = _meeting_point(config, options, nodes)
     placement = Placement(
@@ -135,9 +133,24 @@ def require_images_for_all(config: Config, processes: int) -> None:
         )
 
 
-def _devices(config: Config, options: LaunchOptions) -> tuple[list[str], list[str]]:
-    """This machine's devices, and what the user should know of the choice."""
-    device, nproc, listed = options.device, options.nproc, config.TRAIN.train_gpu
+def local_devices(options: LaunchOptions, listed: list[int]) -> tuple[list[str], list[str]]:
+    """The devices of this machine's processes, and what the user should know of the choice.
+
+    Args:
+        options: of the command line.
+        listed: the GPUs of the configuration.
+
+    Raises:
+        UserError: the options ask for what this machine does not have, or for what makes no sense.
+    """
+    devices, notes = _devices(options, listed)
+    for device in devices:
+        choose_device(device, [])  # refuses what there is not
+    return devices, notes
+
+
+def _devices(options: LaunchOptions, listed: list[int]) -> tuple[list[str], list[str]]:
+    device, nproc = options.device, options.nproc
     if options.gpus is not None:
         if device not in (None, "cuda"):
             raise UserError(f"--gpus {options.gpus}: leave out --device {device}")

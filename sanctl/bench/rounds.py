@@ -1,0 +1,106 @@
+"""Rounds of a network in `bench-models`: warmed up, timed, and why a network cannot run.
+
+Times are wall-clock times between two moments at which the device has nothing left to do; on a
+GPU, two steps that are not timed come first in each round.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from sanctl.bench.network import ModelSettings, RunningNetwork
+from sanctl.bench.timing import is_out_of_memory, synchronize
+from sanctl_models import create_model, min_input_size
+
+_STEPS = {"cuda": 10, "cpu": 1}
+_UNTIMED_STEPS = {"cuda": 2, "cpu": 0}
+_WARM_UP_STEPS = {"cuda": 3, "cpu": 1}
+
+
+@dataclass(frozen=True)
+class Round:
+    """What was measured in a round.
+
+    Attributes:
+        seconds: The mean time of a step.
+        peak: The most bytes that a step held, of this network alone: its weights, optimizer's
+            state and batch, and what was allocated on top during steps. None on a CPU.
+    """
+
+    seconds: float
+    peak: int | None
+
+
+def warm_up(network: RunningNetwork, device: torch.device) -> None:
+    """Run the steps in which a network compiles, tunes itself and finds its memory."""
+    for _ in range(_WARM_UP_STEPS[device.type]):
+        network.step()
+    synchronize(device)
+
+
+def time_round(network: RunningNetwork, device: torch.device) -> Round:
+    """Run a network for a round."""
+    for _ in range(_UNTIMED_STEPS[device.type]):
+        network.step()
+    synchronize(device)
+    before = _reset_peak(device)
+    start = time.perf_counter()
+    for _ in range(_STEPS[device.type]):
+        network.step()
+    synchronize(device)
+    seconds = (time.perf_counter() - start) / _STEPS[device.type]
+    if before is None:
+        return Round(seconds, None)
+    on_top = torch.cuda.max_memory_allocated(device) - before
+    return Round(seconds, network.held_bytes() + on_top)
+
+
+def greatest(*peaks: int | None) -> int | None:
+    """Return the largest of several peaks; None where none was counted."""
+    return max((peak for peak in peaks if peak is not None), default=None)
+
+
+def _reset_peak(device: torch.device) -> int | None:
+    """Have the peak of memory start anew; return what is held now, None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def too_small(name: str, settings: ModelSettings) -> str:
+    """Say that the images are too small for a network; empty where they are not."""
+    with torch.device("meta"):
+        smallest = min_input_size(create_model(name))
+    return f"needs images of at least {smallest} px" if settings.size < smallest else ""
+
+
+def failure_of(action: Callable[[], object]) -> str:
+    """Do something; say that memory did not suffice, or that a batch was too small, or nothing."""
+    try:
+        action()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return "out of memory"
+    except ValueError as error:  # of batch normalisation, where there is but one value
+        return str(error)
+    return ""
+
+
+def give_memory_back(device: torch.device) -> None:
+    """Give back to the GPU what a network that failed has left."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def room_to_compile(count: int, settings: ModelSettings) -> AbstractContextManager[object]:
+    """Let torch.compile keep the code of several networks, which share their `forward`."""
+    if not settings.compiled:
+        return nullcontext()
+    from torch._dynamo import config
+
+    return config.patch(recompile_limit=config.recompile_limit + count)
