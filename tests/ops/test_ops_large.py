@@ -95,3 +95,25 @@ def test_subtraction2(
         return subtraction2(x1, x2, kernel_size, padding=kernel_size // 2, pad_mode=pad_mode)
 
     check(run, [x1, x2])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu_that_is_not_the_current_one(dtype: torch.dtype) -> None:
+    x, w = random(2, 24, 14, 14, dtype=dtype), random(2, 3, 49, 196, dtype=dtype)
+    weight, bias = torch.randn(2, 24, device="cuda")
+
+    def results(device: str) -> list[Tensor]:
+        inputs = [value.to(device).requires_grad_() for value in (x, w)]
+        relation = subtraction2(inputs[0], inputs[0], 7, padding=3)
+        out = aggregation(inputs[0], inputs[1], 7, padding=3)
+        joined = sanctl_ops.concatenation(inputs[0], inputs[0], 3, padding=1)
+        normal, *_ = sanctl_ops.batch_norm_relu(out, weight.to(device), bias.to(device))
+        sums = [value.float().square().sum() for value in (relation, joined, normal)]
+        gradients = torch.autograd.grad(torch.stack(sums).sum(), inputs)
+        return [relation, joined, normal, *gradients]
+
+    assert torch.cuda.current_device() == 0
+    for one, other in zip(results("cuda:0"), results("cuda:1"), strict=True):
+        assert other.device == torch.device("cuda:1")
+        assert torch.equal(one.cpu(), other.cpu())

@@ -1,0 +1,96 @@
+"""`sanctl train` and `sanctl test` on real GPUs, as they are typed."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import torch
+from tiny_run import Place, environment
+
+from sanctl.engine.checkpoint import load_checkpoint
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+EXACT = ("TRAIN.deterministic=true", "TRAIN.workers=2")
+
+
+def start(place: Place, command: str, *keys: str, exp: str) -> "subprocess.Popen[str]":
+    options = [part for key in (*keys, f"TRAIN.save_path=exp/{exp}") for part in ("-o", key)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "sanctl", *command.split(), *options],
+        cwd=place.folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(place: Place, command: str, *keys: str, exp: str) -> str:
+    process = start(place, command, *keys, exp=exp)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def metrics(place: Place, exp: str) -> pd.DataFrame:
+    return pd.read_csv(place.folder / "exp" / exp / "metrics.csv")
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(place: Place) -> None:
+    keys = (*EXACT, "TRAIN.epochs=40", "TRAIN.save_every_steps=1", "TRAIN.ema_decay=0.9")
+    train = "train shapes tiny --no-test --gpus 0"
+    run(place, train, *keys, exp="whole")
+    stopped = start(place, train, *keys, exp="stopped")
+    table = place.folder / "exp" / "stopped" / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while not table.exists() or len(table.read_text().splitlines()) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGTERM)
+    stopped.communicate(timeout=120)
+    assert stopped.returncode == 143
+    run(place, f"{train} --resume auto", *keys, exp="stopped")
+    assert table.read_bytes() == (place.folder / "exp" / "whole" / "metrics.csv").read_bytes()
+    whole, again = (
+        load_checkpoint(place.folder / "exp" / exp / "model" / "train_epoch_40.pth")
+        for exp in ("whole", "stopped")
+    )
+    for state in ("state_dict", "ema"):
+        expected, actual = getattr(whole, state), getattr(again, state)
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(value, actual[key]) for key, value in expected.items())
+
+
+@two_gpus
+def test_two_gpus_train_as_one_where_they_normalise_together(place: Place) -> None:
+    for exp, gpus in (("one", "0"), ("two", "0,1")):
+        keys = (*EXACT, "TRAIN.sync_bn=true", "TRAIN.epochs=2")
+        run(place, f"train shapes tiny --no-test --gpus {gpus}", *keys, exp=exp)
+    one, two = metrics(place, "one"), metrics(place, "two")
+    assert list(one.columns) == list(two.columns)
+    # The sums of SyncBatchNorm and of the gradients are taken in another order.
+    pd.testing.assert_frame_equal(one.head(1), two.head(1), rtol=1e-3, atol=1e-4)
+
+
+@two_gpus
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("TRAIN.amp=true", "TRAIN.channels_last=true"),
+        ("TRAIN.amp=true", "TRAIN.compile=true"),
+        ("TRAIN.accumulate=2", "TRAIN.ema_decay=0.9", "TRAIN.clip_grad=1"),
+    ],
+    ids=["amp", "compiled", "accumulated"],
+)
+def test_two_gpus_train_in_each_way(place: Place, keys: tuple[str, ...]) -> None:
+    run(place, "train shapes tiny --no-test --gpus 0,1", *keys, exp="two")
+    table = metrics(place, "two")
+    assert len(table) == 3
+    assert table.filter(like="loss").notna().all().all()
