@@ -18,6 +18,9 @@ pytestmark = [
 ]
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 EXACT = ("TRAIN.deterministic=true", "TRAIN.workers=2")
+# At a higher rate, or with two images in the last batch to normalise, what rounding changes grows
+# to per cents within an epoch.
+GENTLE = ("TRAIN.epochs=1", "TRAIN.base_lr=0.0001", "TRAIN.batch_size=6")
 
 
 def start(place: Place, command: str, *keys: str, exp: str) -> "subprocess.Popen[str]":
@@ -71,12 +74,11 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(place: Place) -> None:
 @two_gpus
 def test_two_gpus_train_as_one_where_they_normalise_together(place: Place) -> None:
     for exp, gpus in (("one", "0"), ("two", "0,1")):
-        keys = (*EXACT, "TRAIN.sync_bn=true", "TRAIN.epochs=2")
+        keys = (*EXACT, "TRAIN.sync_bn=true", *GENTLE)
         run(place, f"train shapes tiny --no-test --gpus {gpus}", *keys, exp=exp)
     one, two = metrics(place, "one"), metrics(place, "two")
     assert list(one.columns) == list(two.columns)
-    # The sums of SyncBatchNorm and of the gradients are taken in another order.
-    pd.testing.assert_frame_equal(one.head(1), two.head(1), rtol=1e-3, atol=1e-4)
+    pd.testing.assert_frame_equal(one, two, rtol=1e-4, atol=1e-5)
 
 
 @two_gpus
