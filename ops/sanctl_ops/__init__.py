@@ -19,7 +19,7 @@ from sanctl_ops.backend import (
 )
 from sanctl_ops.batch_norm_relu import batch_norm_relu
 from sanctl_ops.concatenation import concatenation
-from sanctl_ops.pairwise import pairwise_attention
+from sanctl_ops.pairwise import pairwise_attention, pairwise_attention_obstacle
 from sanctl_ops.subtraction import subtraction
 from sanctl_ops.subtraction2 import subtraction2
 
@@ -33,6 +33,7 @@ __all__ = [
     "choose_backend",
     "concatenation",
     "pairwise_attention",
+    "pairwise_attention_obstacle",
     "requested_backend",
     "set_backend",
     "subtraction",

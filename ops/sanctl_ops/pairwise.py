@@ -9,8 +9,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sanctl_ops import pairwise_formulas as formulas
 from sanctl_ops.attention import Attention, Norm
+from sanctl_ops.backend import runs_kernels
 from sanctl_ops.checks import check_alike, check_dtype, check_image, check_window
-from sanctl_ops.window import Window, accumulation_dtype, plane_format
+from sanctl_ops.kernels import pairwise as kernels
+from sanctl_ops.kernels.pairwise_launches import Planes, Saved, layout_of, obstacle
+from sanctl_ops.kernels.pairwise_layout import Layout
+from sanctl_ops.window import Window, accumulation_dtype, empty_planes, plane_format
 
 
 def pairwise_attention(
@@ -132,6 +136,32 @@ def _window(kernel_size: int) -> Window:
     return Window(kernel_size, 1, kernel_size // 2, 1, "reflect")
 
 
+def pairwise_attention_obstacle(
+    query: Tensor, value: Tensor, weight_channels: int, kernel_size: int
+) -> str | None:
+    """Say why the CUDA kernels cannot take such tensors; None if they can.
+
+    Args:
+        query: (N, rel, H, W).
+        value: (N, C, H, W).
+        weight_channels: Cw, the rows of weight2.
+        kernel_size: taps per side of the window, K.
+    """
+    return obstacle(query, layout_of(query, value, weight_channels, kernel_size))
+
+
+def _layout(query: Tensor, value: Tensor, weight2: Tensor, kernel_size: int) -> Layout | None:
+    """Return the layout for the kernels, or None where the formulas do the work."""
+    layout = layout_of(query, value, weight2.shape[0], kernel_size)
+    runs = runs_kernels(query.device) and obstacle(query, layout) is None
+    return layout if runs else None
+
+
+Results = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]
+
+
 # Inductor keeps the strides of what it hands over: the kernels are for channels_last.
 @torch.library.custom_op(
     "sanctl::pairwise_attention", mutates_args=(), tags=(torch.Tag.needs_fixed_stride_order,)
@@ -155,53 +185,75 @@ def _pairwise(
     weight2: Tensor,
     bias2: Tensor,
     kernel_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the output, the four statistics, and the Gram matrix of z for the backward pass."""
+) -> Results:
+    """Return the output, the four statistics, and what kernels.Saved consists of.
+
+    Without kernels, only the Gram matrix among the latter has elements.
+    """
+    norm1 = Norm(norm_weight1, norm_bias1, running_mean1, running_variance1, eps1)
+    norm2 = Norm(norm_weight2, norm_bias2, running_mean2, running_variance2, eps2)
+    layout = _layout(query, value, weight2, kernel_size)
+    if layout is not None:
+        planes = Planes(query, key, position)
+        found = kernels.forward(planes, value, norm1, weight1, norm2, weight2, layout)
+        return found[0], *found[1], *_listed(found[2])
     window = _window(kernel_size)
     q, k = formulas.join(query, position), formulas.join(key, position)
-    if running_mean1 is None or running_variance1 is None:
-        running_mean1, running_variance1 = formulas.statistics1(q, k, window)
-    norm1 = formulas.normalised(
-        norm_weight1, norm_bias1, running_mean1, running_variance1, eps1, True
-    )
-    gram = _empty_gram(query).zero_()
-    if running_mean2 is None or running_variance2 is None:
-        gram = formulas.gram(q, k, norm1, window)
-        running_mean2, running_variance2 = formulas.statistics2(gram, weight1)
-    norm2 = formulas.normalised(
-        norm_weight2, norm_bias2, running_mean2, running_variance2, eps2, True
-    )
-    layers = formulas.Layers(norm1, weight1, norm2, weight2)
-    out = _empty_output(value).copy_(formulas.forward(q, k, value, layers, window))
+    statistics1 = norm1.mean, norm1.variance
+    if statistics1[0] is None or statistics1[1] is None:
+        statistics1 = formulas.statistics1(q, k, window)
+    folded1 = _normalised(norm1, *statistics1)
+    gram = q.new_zeros(q.shape[1] + 1, q.shape[1] + 1, dtype=torch.float64)
+    statistics2 = norm2.mean, norm2.variance
+    if statistics2[0] is None or statistics2[1] is None:
+        gram = formulas.gram(q, k, folded1, window)
+        statistics2 = formulas.statistics2(gram, weight1)
+    layers = formulas.Layers(folded1, weight1, _normalised(norm2, *statistics2), weight2)
+    out = empty_planes(value).copy_(formulas.forward(q, k, value, layers, window))
     dtype = accumulation_dtype(query.dtype)
     mean1, variance1, mean2, variance2 = (
-        statistic.to(dtype, copy=True)
-        for statistic in (running_mean1, running_variance1, running_mean2, running_variance2)
+        statistic.to(dtype, copy=True) for statistic in (*statistics1, *statistics2)
     )
-    return out, mean1, variance1, mean2, variance2, gram
+    return out, mean1, variance1, mean2, variance2, gram, *_nothing(query)
+
+
+def _normalised(
+    norm: Norm, mean: Tensor, variance: Tensor, by_batch: bool = True
+) -> formulas.Normalised:
+    return formulas.normalised(norm.weight, norm.bias, mean, variance, norm.eps, by_batch)
 
 
 @_pairwise.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, position: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
     dtype, rel = accumulation_dtype(query.dtype), query.shape[1]
     mean1, variance1, mean2, variance2 = (
         query.new_empty(channels, dtype=dtype) for channels in (rel + 2, rel + 2, rel, rel)
     )
-    return _empty_output(value), mean1, variance1, mean2, variance2, _empty_gram(query)
+    weight2, _, kernel_size = arguments[11:]
+    layout = _layout(query, value, weight2, kernel_size)
+    gram = query.new_empty(rel + 3, rel + 3, dtype=torch.float64)
+    saved = (gram, *_nothing(query))
+    if layout is not None:
+        saved = _listed(kernels.empty_saved(query, layout))
+    return empty_planes(value), mean1, variance1, mean2, variance2, *saved
 
 
-def _empty_output(value: Tensor) -> Tensor:
-    return torch.empty(
-        value.shape, dtype=value.dtype, device=value.device, memory_format=plane_format(value)
-    )
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _empty_gram(query: Tensor) -> Tensor:
-    """Return (rel + 3, rel + 3): of the channels of z, the last being a constant 1."""
-    side = query.shape[1] + 3
-    return query.new_empty(side, side, dtype=torch.float64)
+def _listed(saved: Saved) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return saved.gram, saved.folded, saved.affine, saved.logits, saved.log_sums, saved.scale
+
+
+def _nothing(query: Tensor) -> Five:
+    """Return what stands in place of all that kernels.Saved has besides the Gram matrix."""
+    first, second, third, fourth, fifth = (query.new_empty(0) for _ in range(5))
+    return first, second, third, fourth, fifth
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op(
@@ -229,59 +281,51 @@ def _pairwise_backward(
     eps2: float,
     by_batch2: bool,
     weight2: Tensor,
+    out: Tensor,
     gram: Tensor,
+    folded: Tensor,
+    affine: Tensor,
+    logits: Tensor,
+    log_sums: Tensor,
+    scale: Tensor,
     kernel_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """Return the gradients of query, key, value, position, norm1, weight1, norm2 and weight2."""
-    window = _window(kernel_size)
-    q, k = formulas.join(query, position), formulas.join(key, position)
-    norm1 = formulas.normalised(norm_weight1, norm_bias1, mean1, variance1, eps1, by_batch1)
-    norm2 = formulas.normalised(norm_weight2, norm_bias2, mean2, variance2, eps2, by_batch2)
-    layers = formulas.Layers(norm1, weight1, norm2, weight2)
-    found = formulas.backward(grad, q, k, value, layers, gram, window)
-    rel = query.shape[1]
-    grad_position = (found.q[:, rel:] + found.k[:, rel:]).sum(0, keepdim=True)
-    planes = (found.q[:, :rel], found.k[:, :rel], found.value)
+    norm1 = Norm(norm_weight1, norm_bias1, mean1, variance1, eps1)
+    norm2 = Norm(norm_weight2, norm_bias2, mean2, variance2, eps2)
+    layout = _layout(query, value, weight2, kernel_size)
+    if layout is not None:
+        saved = Saved(gram, folded, affine, logits, log_sums, scale)
+        planes = Planes(query, key, position)
+        norms, by_batch = (norm1, weight1, norm2, weight2), (by_batch1, by_batch2)
+        found = kernels.backward(grad, planes, value, out, *norms, by_batch, saved, layout)
+    else:
+        folded1 = _normalised(norm1, mean1, variance1, by_batch1)
+        folded2 = _normalised(norm2, mean2, variance2, by_batch2)
+        layers = formulas.Layers(folded1, weight1, folded2, weight2)
+        q, k = formulas.join(query, position), formulas.join(key, position)
+        found = formulas.backward(grad, q, k, value, layers, gram, _window(kernel_size))
     grad_query, grad_key, grad_value = (
-        _empty_output(x).copy_(plane) for x, plane in zip((query, key, value), planes, strict=True)
+        x.to(query.dtype).contiguous(memory_format=plane_format(like))
+        for x, like in ((found.query, query), (found.key, key), (found.value, value))
     )
-    rest = (*found.norm1, found.weight1, *found.norm2, found.weight2)
-    inputs = (norm_weight1, norm_bias1, weight1, norm_weight2, norm_bias2, weight2)
-    tiny = [x.to(like.dtype).contiguous() for x, like in zip(rest, inputs, strict=True)]
+    tiny = (found.position, *found.norm1, found.weight1, *found.norm2, found.weight2)
+    inputs = (position, norm_weight1, norm_bias1, weight1, norm_weight2, norm_bias2, weight2)
+    rest = [x.to(like.dtype).contiguous() for x, like in zip(tiny, inputs, strict=True)]
     return (
-        grad_query,
-        grad_key,
-        grad_value,
-        grad_position.to(position.dtype).contiguous(),
-        *(tiny[0], tiny[1], tiny[2], tiny[3], tiny[4], tiny[5]),
+        *(grad_query, grad_key, grad_value, rest[0], rest[1]),
+        *(rest[2], rest[3], rest[4], rest[5], rest[6]),
     )
 
 
 @_pairwise_backward.register_fake
 def _(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    position: Tensor,
-    norm_weight1: Tensor,
-    norm_bias1: Tensor,
-    mean1: Tensor,
-    variance1: Tensor,
-    eps1: float,
-    by_batch1: bool,
-    weight1: Tensor,
-    norm_weight2: Tensor,
-    norm_bias2: Tensor,
-    mean2: Tensor,
-    variance2: Tensor,
-    eps2: float,
-    by_batch2: bool,
-    weight2: Tensor,
-    *_: Any,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, position: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    rest = (position, norm_weight1, norm_bias1, weight1, norm_weight2, norm_bias2, weight2)
-    planes = (_empty_output(x) for x in (query, key, value))
+    weight_n1, bias_n1, *_ = arguments
+    weight1, weight_n2, bias_n2, *_ = arguments[6:]
+    rest = (position, weight_n1, bias_n1, weight1, weight_n2, bias_n2, arguments[13])
+    planes = (empty_planes(x) for x in (query, key, value))
     return *planes, *(x.new_empty(x.shape) for x in rest)
 
 
@@ -289,23 +333,23 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     query, key, value, position, *rest = inputs
     weight_n1, bias_n1, running1, _, eps1, weight1, *rest = rest
     weight_n2, bias_n2, running2, _, eps2, weight2, bias2, kernel_size = rest
-    _, mean1, variance1, mean2, variance2, gram = output
+    out, mean1, variance1, mean2, variance2, *saved = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(
         *(query, key, value, position, weight_n1, bias_n1, mean1, variance1, weight1),
-        *(weight_n2, bias_n2, mean2, variance2, weight2, bias2, gram),
+        *(weight_n2, bias_n2, mean2, variance2, weight2, bias2, out, *saved),
     )
     ctx.first, ctx.second = (eps1, running1 is None), (eps2, running2 is None)
     ctx.kernel_size = kernel_size
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    planes, norm1, weight1, norm2 = saved[:4], saved[4:8], saved[8], saved[9:13]
-    weight2, bias2, gram = saved[13:]
+    tensors = ctx.saved_tensors
+    planes, norm1, weight1, norm2 = tensors[:4], tensors[4:8], tensors[8], tensors[9:13]
+    weight2, bias2, *saved = tensors[13:]
     found = _pairwise_backward(
         *(grad, *planes, *norm1, *ctx.first, weight1, *norm2, *ctx.second),
-        *(weight2, gram, ctx.kernel_size),
+        *(weight2, *saved, ctx.kernel_size),
     )
     query, key, value, position, weight_n1, bias_n1, grad1, weight_n2, bias_n2, grad2 = found
     return (
@@ -334,5 +378,5 @@ def _(query_shape: Any, key_shape: Any, value_shape: Any, *args: Any, **kwargs: 
 @register_flop_formula(torch.ops.sanctl.pairwise_attention_backward)
 def _(grad_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
     """Two multiply-adds for each of the forward pass, nothing twice."""
-    weight1, weight2, kernel_size = args[10], args[17], args[19]
+    weight1, weight2, kernel_size = args[10], args[17], args[-1]
     return 2 * _flops(grad_shape, weight1, weight2, kernel_size)

@@ -136,11 +136,12 @@ def forward(q: Tensor, k: Tensor, value: Tensor, layers: Layers, window: Window)
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients in the accumulation dtype or float64; of q and k with their two positions."""
+    """Gradients of planes in any dtype, of all else in the accumulation dtype or float64."""
 
-    q: Tensor
-    k: Tensor
+    query: Tensor
+    key: Tensor
     value: Tensor
+    position: Tensor
     norm1: tuple[Tensor, Tensor]
     weight1: Tensor
     norm2: tuple[Tensor, Tensor]
@@ -249,8 +250,9 @@ def backward(
     sums_q, sums_k = (torch.cat(each) for each in zip(*sums, strict=True))
     grad_q, grad_k, norm1 = close1(sums_q, sums_k, q, k, layers.norm1, window)
     norm2 = (closing.weight, closing.bias)
-    grad_value = torch.cat(grad_values)
-    return Gradients(grad_q, grad_k, grad_value, norm1, closing.weight1, norm2, grad_weight2)
+    planes = (grad_q[:, :rel], grad_k[:, :rel], torch.cat(grad_values))
+    grad_position = (grad_q[:, rel:] + grad_k[:, rel:]).sum(0, keepdim=True)
+    return Gradients(*planes, grad_position, norm1, closing.weight1, norm2, grad_weight2)
 
 
 def _relation_sums(
