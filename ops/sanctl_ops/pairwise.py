@@ -199,20 +199,19 @@ def _pairwise(
         return found[0], *found[1], *_listed(found[2])
     window = _window(kernel_size)
     q, k = formulas.join(query, position), formulas.join(key, position)
-    statistics1 = norm1.mean, norm1.variance
-    if statistics1[0] is None or statistics1[1] is None:
-        statistics1 = formulas.statistics1(q, k, window)
-    folded1 = _normalised(norm1, *statistics1)
+    mean1, variance1, mean2, variance2 = norm1.mean, norm1.variance, norm2.mean, norm2.variance
+    if mean1 is None or variance1 is None:
+        mean1, variance1 = formulas.statistics1(q, k, window)
+    folded1 = _normalised(norm1, mean1, variance1)
     gram = q.new_zeros(q.shape[1] + 1, q.shape[1] + 1, dtype=torch.float64)
-    statistics2 = norm2.mean, norm2.variance
-    if statistics2[0] is None or statistics2[1] is None:
+    if mean2 is None or variance2 is None:
         gram = formulas.gram(q, k, folded1, window)
-        statistics2 = formulas.statistics2(gram, weight1)
-    layers = formulas.Layers(folded1, weight1, _normalised(norm2, *statistics2), weight2)
+        mean2, variance2 = formulas.statistics2(gram, weight1)
+    layers = formulas.Layers(folded1, weight1, _normalised(norm2, mean2, variance2), weight2)
     out = empty_planes(value).copy_(formulas.forward(q, k, value, layers, window))
     dtype = accumulation_dtype(query.dtype)
     mean1, variance1, mean2, variance2 = (
-        statistic.to(dtype, copy=True) for statistic in (*statistics1, *statistics2)
+        x.to(dtype, copy=True) for x in (mean1, variance1, mean2, variance2)
     )
     return out, mean1, variance1, mean2, variance2, gram, *_nothing(query)
 

@@ -92,18 +92,43 @@ struct Pixel {
         return row * tiling.staged.divisor + column;
     }
 
-    // Over keys, whether the query of step (i, j) exists.
-    __device__ bool has(int i, int j, const Tiling& tiling) const {
-        const int query_y = y - 2 * RADIUS + i, query_x = x - 2 * RADIUS + j;
-        return query_y >= 0 && query_y < tiling.height && query_x >= 0 && query_x < tiling.width;
+    // Over keys, bit j tells whether there are queries in the column of steps (i, j).
+    __device__ unsigned columns_of_queries(const Tiling& tiling) const {
+        unsigned exist = 0;
+#pragma unroll
+        for (int j = 0; j < K; ++j) {
+            const int query = x - 2 * RADIUS + j;
+            exist |= (query >= 0 && query < tiling.width) << j;
+        }
+        return exist;
+    }
+
+    // Over keys, whether there are queries in the row of steps (i, j).
+    __device__ bool row_of_queries(int i, const Tiling& tiling) const {
+        const int query = y - 2 * RADIUS + i;
+        return query >= 0 && query < tiling.height;
     }
 };
 
-// The tap that step (i, j) of a walk stands for.
+// Where a walk is in what is stored for every tap and query, (K * K, H * W, slots): an offset of a
+// pixel's first tap, and what is added to it from step to step.
 template <int K, bool KEYS>
-__device__ inline int tap_of(int i, int j) {
-    return KEYS ? (K - 1 - i) * K + K - 1 - j : i * K + j;
-}
+struct Walk {
+    unsigned next_tap, next_row;  // the latter behind the last tap of a row
+
+    __device__ Walk(const Tiling& tiling, int slots) {
+        const unsigned plane = tiling.height * tiling.width;
+        next_tap = KEYS ? (1 - plane) * slots : plane * slots;
+        next_row = KEYS ? (tiling.width - K) * slots : 0;
+    }
+
+    // Over keys, the first step is to the query above and left of the key, whose last tap it is.
+    __device__ static unsigned first(const Pixel<K, KEYS>& pixel, const Tiling& tiling, int slots) {
+        if (!KEYS) return pixel.number(tiling) * slots;
+        const unsigned plane = tiling.height * tiling.width;
+        return ((K * K - 1) * plane + (pixel.y - K + 1) * tiling.width + pixel.x - K + 1) * slots;
+    }
+};
 
 // Hands every pixel of a staged tile to visit(where in the tile, number in the plane, existing).
 template <int K, bool KEYS, typename Visit>
@@ -178,12 +203,16 @@ struct Relation {
         for (int c = 0; c < CHUNKS<REL>; ++c) centre[c][h] = pair_at(pixel + c * 8 + lane % 4 * 2);
     }
 
-    // Takes a transposed block's two columns, 2 * (l % 4) and the next one.
-    __device__ void take_centres(int h, const Half* first, const Half* second, int lane) {
+    // Takes a transposed block's two columns, 2 * (l % 4) and the next one. Where `exist` has zeros,
+    // z will be zero but for the tail.
+    __device__ void take_centres(int h, const Half* first, const Half* second, unsigned exist,
+                                 int lane) {
+        constexpr unsigned LEAST = 0xfb53fb53;  // -60000
 #pragma unroll
         for (int c = 0; c < CHUNKS<REL>; ++c)
-            centre[c][h] = first[c * 8 + lane / 4].bits |
-                           static_cast<unsigned>(second[c * 8 + lane / 4].bits) << 16;
+            centre[c][h] = (first[c * 8 + lane / 4].bits |
+                            static_cast<unsigned>(second[c * 8 + lane / 4].bits) << 16) & exist |
+                           LEAST & ~exist;
     }
 
     // Computes z for neighbours `offset` bytes behind the first ones.

@@ -90,9 +90,9 @@ __device__ inline void sum_gram(const Half* query, const Half* key, const Half* 
                 const Pixel<K, false> one(first + h * 8 + lane % 4 * 2, place, tiling);
                 const Pixel<K, false> other(first + h * 8 + lane % 4 * 2 + 1, place, tiling);
                 const Half* image = query + static_cast<long long>(place.n) * plane * SIZE;
-                relation.take_centres(h, image + one.number(tiling) * SIZE,
-                                      image + other.number(tiling) * SIZE, lane);
                 exist[h] = (one.exists ? 0xffff : 0) | (other.exists ? 0xffff0000 : 0);
+                relation.take_centres(h, image + one.number(tiling) * SIZE,
+                                      image + other.number(tiling) * SIZE, exist[h], lane);
             }
 #pragma unroll 1
             for (int i = 0; i < K; ++i)
@@ -101,9 +101,7 @@ __device__ inline void sum_gram(const Half* query, const Half* key, const Half* 
                     unsigned z[CHUNKS<REL>][2];
                     relation.compute((i * tiling.staged.divisor + j) * SIZE * 2, z);
 #pragma unroll
-                    for (int c = 0; c < CHUNKS<REL>; ++c)
-#pragma unroll
-                        for (int h = 0; h < 2; ++h) z[c][h] &= exist[h];
+                    for (int h = 0; h < 2; ++h) z[CHUNKS<REL> - 1][h] &= exist[h];
                     gram.add(z);
                 }
         }

@@ -269,7 +269,8 @@ def logits_gradient(
     """Return the gradient of the natural logits, multiplied by both scales; planes by rows."""
     cut, grad_logits = _walk(layout, 2), torch.empty_like(saved.logits)
     sums = (grad, saved.logits, saved.log_sums, value, out, grad_logits, scales)
-    _launch_sums("pairwise_logits_gradient", layout, cut, value, sums, _bytes(layout)[1])
+    name = "pairwise_logits_gradient"
+    _launch_sums(name, layout, cut, value, sums, _bytes(layout)[1], (layout.slots,))
     return grad_logits
 
 
@@ -300,17 +301,20 @@ def _launch_sums(
     rows: Tensor,
     arguments: tuple[Argument, ...],
     bytes_of_pixel: int,
+    known_slots: tuple[int, ...] = (),
 ) -> None:
-    """Launch a kernel whose blocks take the channels of a slab of a tile."""
-    # Threads of a block copy whole pixels together.
+    """Launch a kernel whose blocks take the channels of a slab of a tile.
+
+    `known_slots` is a template's parameter; without it, the slots are an argument.
+    """
     launch(
-        kernel(SUMS, name, rows.dtype, layout.blocks, layout.kernel_size),
+        kernel(SUMS, name, rows.dtype, layout.blocks, layout.kernel_size, *known_slots),
         rows.device,
         layout.images * cut.of_image * layout.slabs,
         cut.warps * WARP,
         (
             *(*arguments, cut.argument, divisor_argument(layout.slabs)),
-            *(layout.slots, layout.channels, layout.step),
+            *(*(() if known_slots else (layout.slots,)), layout.channels, layout.step),
         ),
         cut.staged * bytes_of_pixel,
     )

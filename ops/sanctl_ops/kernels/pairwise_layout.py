@@ -24,7 +24,7 @@ RELATIONS = (0, 16, 32, 64, 128)
 IN_TAIL = TAIL - 3
 # Weight channels of which one lane's pair may repeat, and channels in one piece for a slab.
 SLOTS = (2, 4, 8)
-BLOCKS = (1, 2, 4, 8)
+BLOCKS = (2, 4, 8)
 KERNEL_SIZES = (3, 5, 7)
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -128,7 +128,7 @@ class Layout:
             return f"{self.weights} weight channels do not go with {self.relation} of the relation"
         shared = self.channels // self.weights
         if self.channels % 8 != 0 or self.blocks not in BLOCKS:
-            return f"{shared} channels that share a weight are not 1, 2, 4 or 8"
+            return f"{shared} channels that share a weight do not make 2, 4 or 8 blocks"
         if (
             self.images * max(self.plane * self.size, math.prod(self.padded) * self.channels)
             >= 2**34

@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(256, REL <= 32 ? 2 : 1)
         PowerSums powers[SLABS<REL>];
         Half* tap = logits + static_cast<long long>(place.n) * SLABS<REL> * K * K * plane * slots +
                     lane % 4 * 2;
+        const unsigned slab = K * K * plane * slots;
 #pragma unroll 1
         for (int i = 0; i < K; ++i)
 #pragma unroll(REL <= 16 ? K : 1)
@@ -95,8 +96,7 @@ __global__ void __launch_bounds__(256, REL <= 32 ? 2 : 1)
                         rounded[h * 2] = first_of(pair);
                         rounded[h * 2 + 1] = second_of(pair);
                         if (mine[h])
-                            *reinterpret_cast<unsigned*>(
-                                tap + (static_cast<long long>(s) * K * K * plane + number[h]) * slots) = pair;
+                            *reinterpret_cast<unsigned*>(tap + (s * slab + number[h] * slots)) = pair;
                     }
                     powers[s].add(rounded, i == 0 && j == 0);
                 }
@@ -108,6 +108,6 @@ __global__ void __launch_bounds__(256, REL <= 32 ? 2 : 1)
                 if (mine[e / 2])
                     log_sums[((static_cast<long long>(place.n) * SLABS<REL> + s) * plane + number[e / 2]) * slots +
                              lane % 4 * 2 + e % 2] =
-                        powers[s].reference[e] + log2f(powers[s].sum[e]);
+                        powers[s].reference[e] + logarithm(powers[s].sum[e]);
     }
 }

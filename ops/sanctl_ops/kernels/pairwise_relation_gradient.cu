@@ -30,38 +30,44 @@ __global__ void __launch_bounds__(256, REL <= 16 ? 2 : 1)
         Relation<REL, KEYS, false> relation(centres, affine, staged, lane, row, tiling);
         const Pixel<K, KEYS> pixel[2] = {{first + lane / 4u, place, tiling},
                                          {first + 8 + lane / 4u, place, tiling}};
-        int number[2];  // of the query or, over keys, of the first one
+        unsigned at[2], columns[2];
         bool mine[2];
+        const Walk<K, KEYS> walk(tiling, slots);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             relation.take_centre(h, centres + pixel[h].number(tiling) * SIZE, lane);
-            number[h] = KEYS ? (pixel[h].y - K + 1) * tiling.width + pixel[h].x - K + 1
-                             : pixel[h].number(tiling);
             mine[h] = pixel[h].exists && lane % 4 * 2 < slots;
+            at[h] = walk.first(pixel[h], tiling, slots);
+            columns[h] = KEYS ? pixel[h].columns_of_queries(tiling) : 0;
         }
-        const Half* logits = grad_logits +
-                             static_cast<long long>(place.n) * SLABS<REL> * K * K * plane * slots +
-                             lane % 4 * 2;
+        const Half* image = grad_logits +
+                            static_cast<long long>(place.n) * SLABS<REL> * K * K * plane * slots +
+                            lane % 4 * 2;
+        const unsigned slab = K * K * plane * slots;
         float sums[CHUNKS<REL>][4] = {};
 #pragma unroll 1
-        for (int i = 0; i < K; ++i)
+        for (int i = 0; i < K; ++i) {
+            unsigned exist[2];
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+                exist[h] = KEYS && pixel[h].row_of_queries(i, tiling) ? columns[h] : 0;
 #pragma unroll(REL <= 16 ? K : 1)
             for (int j = 0; j < K; ++j) {
                 unsigned slopes[SLABS<REL>][2], z[CHUNKS<REL>][2];
-                bool counts[2];
-                const Half* tap = logits + static_cast<long long>(tap_of<K, KEYS>(i, j)) * plane * slots;
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    counts[h] = !KEYS || pixel[h].has(i, j, tiling);
-                    const int at = number[h] + (KEYS ? i * tiling.width + j : 0);
+                    const bool read = KEYS ? mine[h] && exist[h] >> j & 1 : mine[h];
 #pragma unroll
                     for (int s = 0; s < SLABS<REL>; ++s)
-                        slopes[s][h] =
-                            mine[h] && counts[h]
-                                ? pair_at(tap + (static_cast<long long>(s) * K * K * plane + at) * slots)
-                                : 0;
+                        slopes[s][h] = read ? pair_at(image + (at[h] + s * slab)) : 0;
+                    at[h] += walk.next_tap;
                 }
                 relation.compute((i * tiling.staged.divisor + j) * SIZE * 2, z);
+                if (KEYS)
+#pragma unroll
+                    for (int c = 0; c < CHUNKS<REL>; ++c)
+#pragma unroll
+                        for (int h = 0; h < 2; ++h) z[c][h] = exist[h] >> j & 1 ? z[c][h] : 0;
                 unsigned hidden[HIDDEN_CHUNKS][2];
 #pragma unroll
                 for (int c = 0; c < HIDDEN_CHUNKS; ++c) {
@@ -73,8 +79,8 @@ __global__ void __launch_bounds__(256, REL <= 16 ? 2 : 1)
                     multiply<SLABS<REL>, 0>(slope, slopes, weights_back);
 #pragma unroll
                     for (int h = 0; h < 2; ++h)
-                        hidden[c][h] = pack<Half>(values[h * 2] > 0 ? slope[h * 2] : 0,
-                                                  values[h * 2 + 1] > 0 ? slope[h * 2 + 1] : 0);
+                        hidden[c][h] = where_positive(pack_relu(values[h * 2], values[h * 2 + 1]),
+                                                      pack<Half>(slope[h * 2], slope[h * 2 + 1]));
                 }
 #pragma unroll
                 for (int c = 0; c < CHUNKS<REL>; ++c) {
@@ -84,19 +90,21 @@ __global__ void __launch_bounds__(256, REL <= 16 ? 2 : 1)
                     multiply<HIDDEN_CHUNKS, 0>(slope, hidden, weights);
                     multiply<CHUNKS<REL>, HIDDEN_CHUNKS>(slope, z, weights);
 #pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        if (counts[h] && (z[c][h] & 0xffff) != 0) sums[c][h * 2] += slope[h * 2];
-                        if (counts[h] && z[c][h] > 0xffff) sums[c][h * 2 + 1] += slope[h * 2 + 1];
-                    }
+                    for (int h = 0; h < 2; ++h)
+                        add_where_positive(z[c][h], slope[h * 2], slope[h * 2 + 1], sums[c][h * 2],
+                                           sums[c][h * 2 + 1]);
                 }
             }
+#pragma unroll
+            for (int h = 0; h < 2; ++h) at[h] += walk.next_row;
+        }
         const float factor = KEYS ? -*unscale : *unscale;
         const int all = KEYS ? (tiling.height + K - 1) * (tiling.width + K - 1) : plane;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             if (!pixel[h].exists) continue;
-            const int at = KEYS ? pixel[h].padded_number(tiling) : number[h];
-            float* to = grad + (static_cast<long long>(place.n) * all + at) * SIZE + lane % 4 * 2;
+            const int number = KEYS ? pixel[h].padded_number(tiling) : pixel[h].number(tiling);
+            float* to = grad + (static_cast<long long>(place.n) * all + number) * SIZE + lane % 4 * 2;
 #pragma unroll
             for (int c = 0; c < CHUNKS<REL>; ++c) {
                 const float pair[2] = {sums[c][h * 2] * factor, sums[c][h * 2 + 1] * factor};

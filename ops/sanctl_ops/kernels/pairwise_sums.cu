@@ -184,27 +184,29 @@ __global__ void __launch_bounds__(256, 2)
     }
 }
 
-// Adds up what lanes that share weight channels have: slots repeat among a quad.
-__device__ inline unsigned sum_of_quad(unsigned pair, int slots) {
-    if (slots <= 4) pair = add_pairs(pair, __shfl_xor_sync(0xffffffff, pair, 2));
-    if (slots <= 2) pair = add_pairs(pair, __shfl_xor_sync(0xffffffff, pair, 1));
+// Adds up what lanes that share weight channels have: fewer slots than 8 repeat among a quad.
+template <int SLOTS>
+__device__ inline unsigned sum_of_quad(unsigned pair) {
+    if (SLOTS <= 4) pair = add_pairs(pair, __shfl_xor_sync(0xffffffff, pair, 2));
+    if (SLOTS <= 2) pair = add_pairs(pair, __shfl_xor_sync(0xffffffff, pair, 1));
     return pair;
 }
 
-__device__ inline float sum_of_quad(float value, int slots) {
-    if (slots <= 4) value += __shfl_xor_sync(0xffffffff, value, 2);
-    if (slots <= 2) value += __shfl_xor_sync(0xffffffff, value, 1);
+template <int SLOTS>
+__device__ inline float sum_of_quad(float value) {
+    if (SLOTS <= 4) value += __shfl_xor_sync(0xffffffff, value, 2);
+    if (SLOTS <= 2) value += __shfl_xor_sync(0xffffffff, value, 1);
     return value;
 }
 
 // Writes the gradients of the (natural) logits, scaled as the products of values and slopes are; laid
 // out as logits.
-template <typename T, int BLOCKS, int K>
+template <typename T, int BLOCKS, int K, int SLOTS>
 __global__ void __launch_bounds__(256, 2)
     pairwise_logits_gradient(const T* grad, const Half* logits, const float* log_sums,
                              const T* value, const T* out, Half* grad_logits, const float* scales,
-                             Tiling tiling, Divisor slabs, int slots, int channels, int step) {
-    constexpr int PITCH = BLOCKS * 8 + 8;
+                             Tiling tiling, Divisor slabs, int channels, int step) {
+    constexpr int slots = SLOTS, PITCH = BLOCKS * 8 + 8;
     extern __shared__ double shared[];
     Half* staged = reinterpret_cast<Half*>(shared);
     const int lane = threadIdx.x % 32, plane = tiling.height * tiling.width;
@@ -244,7 +246,7 @@ __global__ void __launch_bounds__(256, 2)
                 slopes[b][h] = pack<Half>(slope[0], slope[1]);
             }
 #pragma unroll
-            for (int e = 0; e < 2; ++e) delta[h][e] = sum_of_quad(delta[h][e], slots);
+            for (int e = 0; e < 2; ++e) delta[h][e] = sum_of_quad<SLOTS>(delta[h][e]);
         }
         const long long before = slab_number * K * K * plane * slots + own.slot;
         const Half* taps = logits + before;
@@ -266,13 +268,13 @@ __global__ void __launch_bounds__(256, 2)
 #pragma unroll
                     for (int b = 0; b < BLOCKS; ++b)
                         product = multiply_add_pairs(values[b][h], slopes[b][h], product);
-                    product = sum_of_quad(product, slots);
+                    product = sum_of_quad<SLOTS>(product);
                     const float first_weight = power_of_two(first_of(logit[j][h]) - log_sum[h][0]);
                     const float second_weight = power_of_two(second_of(logit[j][h]) - log_sum[h][1]);
-                    if (mine[h])
-                        *reinterpret_cast<unsigned*>(to + number[h] * slots) =
-                            pack<Half>(first_weight * (first_of(product) - delta[h][0]),
-                                       second_weight * (second_of(product) - delta[h][1]));
+                    unsigned packed = pack<Half>(first_weight * (first_of(product) - delta[h][0]),
+                                                 second_weight * (second_of(product) - delta[h][1]));
+                    forget_origin(packed);  // nothing but the store depends on a condition
+                    if (mine[h]) *reinterpret_cast<unsigned*>(to + number[h] * slots) = packed;
                 }
             }
         }
@@ -311,26 +313,27 @@ __global__ void __launch_bounds__(256, 2)
         const Pixel<K, true> pixel[2] = {{first + lane / 4u, place, tiling},
                                          {first + 8 + lane / 4u, place, tiling}};
         const float* sums_of[2];
-        int query[2];  // number of the first one
+        unsigned at[2], columns[2];
+        const Walk<K, true> walk(tiling, slots);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             sums_of[h] = staged_sums + pixel[h].staged_number(tiling) * slots + own.slot;
-            query[h] = (pixel[h].y - K + 1) * tiling.width + pixel[h].x - K + 1;
+            at[h] = walk.first(pixel[h], tiling, slots);
+            columns[h] = pixel[h].columns_of_queries(tiling);
         }
         ValueSums<BLOCKS> sums;
-        const Half* taps = logits + slab_number * K * K * plane * slots + own.slot;
+        const Half* slab_logits = logits + slab_number * K * K * plane * slots + own.slot;
 #pragma unroll 1
         for (int i = 0; i < K; ++i, row += tiling.staged.divisor * PITCH * 2) {
             unsigned logit[K][2];
 #pragma unroll
-            for (int j = 0; j < K; ++j)
+            for (int h = 0; h < 2; ++h) {
+                const unsigned exist = pixel[h].row_of_queries(i, tiling) ? columns[h] : 0;
 #pragma unroll
-                for (int h = 0; h < 2; ++h)
-                    logit[j][h] =
-                        pixel[h].has(i, j, tiling)
-                            ? pair_at(taps + (static_cast<long long>(tap_of<K, true>(i, j)) * plane +
-                                              query[h] + i * tiling.width + j) * slots)
-                            : NEVER;
+                for (int j = 0; j < K; ++j, at[h] += walk.next_tap)
+                    logit[j][h] = exist >> j & 1 ? pair_at(slab_logits + at[h]) : NEVER;
+                at[h] += walk.next_row;
+            }
             sums.begin_row();
 #pragma unroll
             for (int j = 0; j < K; ++j) {

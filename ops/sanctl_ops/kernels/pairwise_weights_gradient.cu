@@ -32,8 +32,8 @@ struct Hidden {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             value[r][h] = pack_relu(values[r * 2], values[r * 2 + 1]);
-            slope[r][h] = pack<Half>(values[r * 2] > 0 ? slopes[r * 2] : 0,
-                                     values[r * 2 + 1] > 0 ? slopes[r * 2 + 1] : 0);
+            slope[r][h] =
+                where_positive(value[r][h], pack<Half>(slopes[r * 2], slopes[r * 2 + 1]));
         }
     }
 };
@@ -80,6 +80,7 @@ __global__ void __launch_bounds__(256)
             const Half* tap = grad_logits +
                               static_cast<long long>(place.n) * SLABS<REL> * K * K * plane * slots +
                               lane % 4 * 2;
+            const unsigned slab = K * K * plane * slots;
 #pragma unroll 1
             for (int i = 0; i < K; ++i)
 #pragma unroll(REL <= 16 ? K : 1)
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
                         for (int h = 0; h < 2; ++h)
                             slopes[s][h] =
-                                mine[h] ? pair_at(tap + (static_cast<long long>(s) * K * K * plane + number[h]) * slots) : 0;
+                                mine[h] ? pair_at(tap + (s * slab + number[h] * slots)) : 0;
                     relation.compute((i * tiling.staged.divisor + j) * SIZE * 2, z);
                     Hidden hidden[ROWS<REL>];
 #pragma unroll

@@ -190,11 +190,33 @@ __device__ inline unsigned pack_relu(float first, float second) {
     return packed;
 }
 
+// The elements of `pair` where `values` are positive, and zeros.
+__device__ inline unsigned where_positive(unsigned values, unsigned pair) {
+    unsigned mask;
+    asm("set.gt.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(values), "r"(0));
+    return mask & pair;
+}
+
+// Adds to two sums where `values` are positive.
+__device__ inline void add_where_positive(unsigned values, float first, float second,
+                                          float& first_sum, float& second_sum) {
+    asm("{.reg .pred p, q; setp.gt.f16x2 p|q, %2, %3; @p add.f32 %0, %0, %4; @q add.f32 %1, %1, %5;}"
+        : "+f"(first_sum), "+f"(second_sum)
+        : "r"(values), "r"(0), "f"(first), "f"(second));
+}
+
 // 2 to the power of x, within 2 units in the last place.
 __device__ inline float power_of_two(float x) {
     float power;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
     return power;
+}
+
+// The logarithm of x to base 2, within 2^-22.
+__device__ inline float logarithm(float x) {
+    float exponent;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(exponent) : "f"(x));
+    return exponent;
 }
 
 // d += a * b, as the PTX manual lays out the fragments of mma.m16n8k16 and mma.m16n8k8.

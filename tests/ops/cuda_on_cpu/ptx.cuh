@@ -173,7 +173,19 @@ inline unsigned pack_relu(float first, float second) {
     return pack<Half>(first < 0 ? 0 : first, second < 0 ? 0 : second);
 }
 
+inline unsigned where_positive(unsigned values, unsigned pair) {
+    return (first_of(values) > 0 ? pair & 0xffff : 0) | (second_of(values) > 0 ? pair & 0xffff0000 : 0);
+}
+
+inline void add_where_positive(unsigned values, float first, float second, float& first_sum,
+                               float& second_sum) {
+    if (first_of(values) > 0) first_sum += first;
+    if (second_of(values) > 0) second_sum += second;
+}
+
 inline float power_of_two(float x) { return std::exp2(x); }
+
+inline float logarithm(float x) { return std::log2(x); }
 
 // Element k of the row that lane `row * 4` to `row * 4 + 3` hold pairs of, in register `which`.
 template <typename T, size_t N>
