@@ -112,3 +112,8 @@ def plane_format(x: Tensor) -> torch.memory_format:
     if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
+
+
+def empty_planes(x: Tensor) -> Tensor:
+    """Return a new tensor like x in the memory format of results that stand beside it."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=plane_format(x))

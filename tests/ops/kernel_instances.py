@@ -9,11 +9,12 @@ from collections.abc import Iterable
 import torch
 
 from sanctl_ops.checks import DTYPES
-from sanctl_ops.kernels import aggregation_mma, runtime
+from sanctl_ops.kernels import aggregation_mma, pairwise_layout, runtime
 from sanctl_ops.kernels.geometry import SAME_KERNEL_SIZES, VECTOR_BYTES
 
 Parameters = tuple[torch.dtype | bool | int, ...]
 REFLECTS = (True, False)
+FLAGS = (True, False)
 
 
 def _vectors(vectors: Iterable[int], dtypes: Iterable[torch.dtype]) -> list[Parameters]:
@@ -38,6 +39,18 @@ def _together(vectors: Iterable[int]) -> list[Parameters]:
 MMA = _together(aggregation_mma.VECTORS)
 ELEMENTS = _vectors((1, 4), DTYPES)
 SUMS: list[Parameters] = [(torch.float32,), (torch.float64,)]
+
+PAIRWISE_PLANES: list[Parameters] = list(
+    itertools.product(pairwise_layout.DTYPES, pairwise_layout.KERNEL_SIZES)
+)
+RELATIONS: list[Parameters] = list(
+    itertools.product(pairwise_layout.RELATIONS, pairwise_layout.KERNEL_SIZES)
+)
+VALUES: list[Parameters] = list(
+    itertools.product(
+        pairwise_layout.DTYPES, pairwise_layout.BLOCKS, pairwise_layout.KERNEL_SIZES
+    )
+)
 
 TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
     "aggregation.cu": {
@@ -69,6 +82,28 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
         "concatenation_backward": ANY,
         "concatenation_backward_same": SAME,
     },
+    "pairwise_gram.cu": {"pairwise_gram": RELATIONS},
+    "pairwise_logits.cu": {"pairwise_logits": RELATIONS},
+    "pairwise_planes.cu": {
+        "pairwise_moments": PAIRWISE_PLANES,
+        "pairwise_join_moments": list(itertools.product(pairwise_layout.RELATIONS, FLAGS)),
+        "pairwise_fold_relation": list(
+            itertools.product(pairwise_layout.DTYPES, pairwise_layout.RELATIONS)
+        ),
+        "pairwise_close_sums": PAIRWISE_PLANES,
+        "pairwise_join_close": [(flag,) for flag in FLAGS],
+        "pairwise_close": PAIRWISE_PLANES,
+    },
+    "pairwise_relation_gradient.cu": {
+        "pairwise_relation_gradient": [(*r, flag) for r in RELATIONS for flag in FLAGS],
+    },
+    "pairwise_sums.cu": {
+        "pairwise_aggregate": VALUES,
+        "pairwise_logits_gradient": [(*v, s) for v in VALUES for s in pairwise_layout.SLOTS],
+        "pairwise_value_gradient": VALUES,
+        "pairwise_fold": PAIRWISE_PLANES,
+    },
+    "pairwise_weights_gradient.cu": {"pairwise_weights_gradient": RELATIONS},
     "subtraction2.cu": {
         "subtraction2": ANY,
         "subtraction2_same": SAME,

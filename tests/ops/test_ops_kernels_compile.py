@@ -12,12 +12,13 @@ import pytest
 import torch
 from kernel_instances import TEMPLATES, instances
 from op_cases import CASES, OPERATORS, Case, Operator, make_inputs
+from pairwise_oracle import PairwiseCase, draw, fused
 from torch import Tensor
 
 import sanctl_ops
 from sanctl_ops import kernels
 from sanctl_ops.checks import DTYPES
-from sanctl_ops.kernels import geometry, runtime
+from sanctl_ops.kernels import geometry, pairwise_layout, runtime
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # Machine code, but not the fastest: that takes ten times as long.
@@ -28,6 +29,7 @@ STRUCTURES = {
     "Deal": geometry.DEAL,
     "Divisor": geometry.DIVISOR,
     "Strides": geometry.STRIDES,
+    "Tiling": pairwise_layout.TILING,
     "Window": geometry.WINDOW,
 }
 PASSED = {"int": int, "unsigned": np.uint32, "double": float} | dict.fromkeys(
@@ -129,6 +131,16 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     return recorded
 
 
+# Every padded number of channels, of blocks of values, and window, and planes of several tiles.
+PAIRWISE_CASES = [
+    PairwiseCase("pairwise", rel, shared, height, width, k, group=group, running1=k == 5)
+    for rel, shared in ((4, 2), (5, 8), (16, 4), (16, 8), (24, 16), (64, 32), (128, 64))
+    for group in (1, 2, 4, 8)
+    for height, width, k in ((4, 4, 3), (5, 7, 5), (20, 12, 7), (6, 300, 7))
+    if shared * group % 8 == 0 and width * shared * rel < 50000
+]
+
+
 def run(operator: Operator, case: Case, dtype: torch.dtype) -> None:
     inputs = make_inputs(operator, case, "cpu", dtype)
     out = operator.run(*inputs, case.geometry)
@@ -144,6 +156,11 @@ def test_launches_fit_the_declarations_and_are_all_compiled(launches: Launches) 
             x = torch.zeros(shape, dtype=dtype, requires_grad=True)
             out, *_ = sanctl_ops.batch_norm_relu(x, torch.ones(shape[1]), torch.ones(shape[1]))
             torch.autograd.grad(out, x, torch.zeros_like(out))
+    for dtype in (torch.float16, torch.bfloat16):
+        for case in PAIRWISE_CASES:
+            inputs = draw(case).converted("cpu", dtype, torch.float32)
+            out = fused(inputs).out
+            torch.autograd.grad(out, inputs.leaves, torch.zeros_like(out))
     compiled = {instance for source in TEMPLATES for instance in instances(source)}
     assert launches.kernels - compiled == set(), "asked for, but not compiled here"
     names = {(kernel.source, kernel.expression.partition("<")[0]) for kernel in launches.kernels}

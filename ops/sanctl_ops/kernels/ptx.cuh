@@ -125,6 +125,101 @@ __device__ inline void load_matrices(unsigned row, unsigned (&matrices)[4]) {
                      : "r"(row));
 }
 
+// Two of them; lanes 0 to 15 give the addresses.
+template <bool TRANSPOSED>
+__device__ inline void load_matrices(unsigned row, unsigned (&matrices)[2]) {
+    if (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+                     : "=r"(matrices[0]), "=r"(matrices[1])
+                     : "r"(row));
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+                     : "=r"(matrices[0]), "=r"(matrices[1])
+                     : "r"(row));
+}
+
+// The transpose of an 8 x 8 matrix.
+__device__ inline unsigned transpose(unsigned matrix) {
+    unsigned transposed;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(matrix));
+    return transposed;
+}
+
+// Pairs of halves, as `pack` makes them.
+__device__ inline float first_of(unsigned pair) {
+    float value;
+    asm("{.reg .f16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, low;}" : "=f"(value) : "r"(pair));
+    return value;
+}
+
+__device__ inline float second_of(unsigned pair) {
+    float value;
+    asm("{.reg .f16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, high;}" : "=f"(value) : "r"(pair));
+    return value;
+}
+
+__device__ inline unsigned add_pairs(unsigned a, unsigned b) {
+    unsigned sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
+
+__device__ inline unsigned subtract_pairs(unsigned a, unsigned b) {
+    unsigned difference;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
+    return difference;
+}
+
+// a * b + c
+__device__ inline unsigned multiply_add_pairs(unsigned a, unsigned b, unsigned c) {
+    unsigned sum;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+    return sum;
+}
+
+// max(a * b + c, 0)
+__device__ inline unsigned multiply_add_relu_pairs(unsigned a, unsigned b, unsigned c) {
+    unsigned sum;
+    asm("fma.rn.relu.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+    return sum;
+}
+
+// Rounds max(first, 0) and max(second, 0).
+__device__ inline unsigned pack_relu(float first, float second) {
+    unsigned packed;
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
+    return packed;
+}
+
+// The elements of `pair` where `values` are positive, and zeros.
+__device__ inline unsigned where_positive(unsigned values, unsigned pair) {
+    unsigned mask;
+    asm("set.gt.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(values), "r"(0));
+    return mask & pair;
+}
+
+// Adds to two sums where `values` are positive.
+__device__ inline void add_where_positive(unsigned values, float first, float second,
+                                          float& first_sum, float& second_sum) {
+    asm("{.reg .pred p, q; setp.gt.f16x2 p|q, %2, %3; @p add.f32 %0, %0, %4; @q add.f32 %1, %1, %5;}"
+        : "+f"(first_sum), "+f"(second_sum)
+        : "r"(values), "r"(0), "f"(first), "f"(second));
+}
+
+// 2 to the power of x, within 2 units in the last place.
+__device__ inline float power_of_two(float x) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+}
+
+// The logarithm of x to base 2, within 2^-22.
+__device__ inline float logarithm(float x) {
+    float exponent;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(exponent) : "f"(x));
+    return exponent;
+}
+
 // d += a * b, as the PTX manual lays out the fragments of mma.m16n8k16 and mma.m16n8k8.
 template <typename T>
 struct Mma;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <barrier>
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -60,6 +61,14 @@ inline std::array<std::array<unsigned, N>, 32> exchange(const std::array<unsigne
         std::copy_n(warp.registers[lane].begin(), N, all[lane].begin());
     warp.barrier.arrive_and_wait();
     return all;
+}
+
+template <typename T>
+inline T __shfl_xor_sync(unsigned, T value, int mask) {
+    static_assert(sizeof(T) == sizeof(unsigned));
+    const unsigned other = exchange(std::array{std::bit_cast<unsigned>(value)})
+        [(threadIdx.x % 32) ^ mask][0];
+    return std::bit_cast<T>(other);
 }
 
 inline unsigned __umulhi(unsigned a, unsigned b) {

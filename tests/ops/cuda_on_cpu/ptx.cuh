@@ -26,6 +26,13 @@ inline Half to_half(float x) {
     return narrowed;
 }
 
+inline Half to_half_once(double x) {
+    const _Float16 value = x;
+    Half narrowed;
+    memcpy(&narrowed.bits, &value, sizeof value);
+    return narrowed;
+}
+
 inline BFloat16 to_bfloat16(float x) {
     if (std::isnan(x)) return {0x7fff};
     unsigned bits;
@@ -107,6 +114,78 @@ inline void load_matrices(unsigned row, unsigned (&matrices)[4]) {
         matrices[m] = pair[0] | static_cast<unsigned>(pair[1]) << 16;
     }
 }
+
+template <bool TRANSPOSED>
+inline void load_matrices(unsigned row, unsigned (&matrices)[2]) {
+    unsigned four[4];
+    const auto rows = exchange(std::array{row});
+    load_matrices<TRANSPOSED>(rows[threadIdx.x % 16][0], four);
+    matrices[0] = four[0];
+    matrices[1] = four[1];
+}
+
+inline unsigned transpose(unsigned matrix) {
+    const auto pairs = exchange(std::array{matrix});
+    const int lane = threadIdx.x % 32;
+    unsigned transposed = 0;
+    for (int p = 0; p < 2; ++p) {
+        const int row = lane % 4 * 2 + p, column = lane / 4;
+        const unsigned pair = pairs[row * 4 + column / 2][0];
+        transposed |= (column % 2 ? pair >> 16 : pair & 0xffff) << 16 * p;
+    }
+    return transposed;
+}
+
+inline float first_of(unsigned pair) { return to_float(Half{static_cast<unsigned short>(pair)}); }
+
+inline float second_of(unsigned pair) {
+    return to_float(Half{static_cast<unsigned short>(pair >> 16)});
+}
+
+// Products of halves are exact in double, and so is nearly every sum.
+template <typename Compute>
+inline unsigned of_pairs(unsigned a, unsigned b, unsigned c, Compute compute) {
+    const double first = compute(first_of(a), first_of(b), first_of(c));
+    const double second = compute(second_of(a), second_of(b), second_of(c));
+    return to_half_once(first).bits | static_cast<unsigned>(to_half_once(second).bits) << 16;
+}
+
+inline unsigned add_pairs(unsigned a, unsigned b) {
+    return of_pairs(a, b, 0, [](double x, double y, double) { return x + y; });
+}
+
+inline unsigned subtract_pairs(unsigned a, unsigned b) {
+    return of_pairs(a, b, 0, [](double x, double y, double) { return x - y; });
+}
+
+inline unsigned multiply_add_pairs(unsigned a, unsigned b, unsigned c) {
+    return of_pairs(a, b, c, [](double x, double y, double z) { return x * y + z; });
+}
+
+inline unsigned multiply_add_relu_pairs(unsigned a, unsigned b, unsigned c) {
+    return of_pairs(a, b, c, [](double x, double y, double z) {
+        const double sum = x * y + z;
+        return sum < 0 ? 0 : sum;
+    });
+}
+
+inline unsigned pack_relu(float first, float second) {
+    return pack<Half>(first < 0 ? 0 : first, second < 0 ? 0 : second);
+}
+
+inline unsigned where_positive(unsigned values, unsigned pair) {
+    return (first_of(values) > 0 ? pair & 0xffff : 0) | (second_of(values) > 0 ? pair & 0xffff0000 : 0);
+}
+
+inline void add_where_positive(unsigned values, float first, float second, float& first_sum,
+                               float& second_sum) {
+    if (first_of(values) > 0) first_sum += first;
+    if (second_of(values) > 0) second_sum += second;
+}
+
+inline float power_of_two(float x) { return std::exp2(x); }
+
+inline float logarithm(float x) { return std::log2(x); }
 
 // Element k of the row that lane `row * 4` to `row * 4 + 3` hold pairs of, in register `which`.
 template <typename T, size_t N>

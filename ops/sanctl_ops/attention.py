@@ -1,0 +1,42 @@
+"""What the fused attention operators take and give besides plain tensors."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Norm(NamedTuple):
+    """A batch normalisation of C channels.
+
+    Attributes:
+        weight: (C,), the scale.
+        bias: (C,), the shift.
+        mean: (C,), the running mean to normalise by; None for the batch's own, as in training.
+        variance: (C,), the running variance to normalise by; None wherever mean is.
+        eps: what is added to the variance.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor | None
+    variance: Tensor | None
+    eps: float
+
+
+class Attention(NamedTuple):
+    """The output of attention, and what its two normalisations went by.
+
+    Attributes:
+        out: (N, C, H, W), of the values' dtype, channels_last if the values are, else contiguous.
+        mean1: mean of every channel before the first normalisation, in float32, or float64 for
+            float64 inputs; as the other statistics it has no gradient.
+        variance1: the biased variance there.
+        mean2: the mean before the second normalisation.
+        variance2: the biased variance there.
+    """
+
+    out: Tensor
+    mean1: Tensor
+    variance1: Tensor
+    mean2: Tensor
+    variance2: Tensor

@@ -1,0 +1,224 @@
+"""How the kernels of pairwise attention cut up planes, and how they read weights (pairwise.cuh)."""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sanctl_ops.kernels.geometry import DIVISOR, divisor, structure
+
+# As struct Tiling in pairwise.cuh.
+TILING = np.dtype(
+    [(name, DIVISOR) for name in ("across", "down", "columns", "staged")]
+    + [(name, np.int32) for name in ("rows", "height", "width", "images")]
+)
+
+# As in pairwise.cuh.
+GROUP = 16
+TAIL = 8
+# Channels of the relation that there are kernels for, beside those within the tail.
+RELATIONS = (0, 16, 32, 64, 128)
+IN_TAIL = TAIL - 3
+# Weight channels of which one lane's pair may repeat, and channels in one piece for a slab.
+SLOTS = (2, 4, 8)
+BLOCKS = (2, 4, 8)
+KERNEL_SIZES = (3, 5, 7)
+DTYPES = (torch.float16, torch.bfloat16)
+
+# Warps of a block, at most, and products that tensor cores add up before a sum is written.
+MOST_WARPS = 8
+MOST_PRODUCTS = 256
+# Shares that sums over all pixels are dealt out to, at least, where there are tiles enough.
+SHARES = 1024
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shapes of a layer, and what the kernels make of them.
+
+    Attributes:
+        images, height, width: of the planes.
+        relation: channels of query and key.
+        weights: weight channels, Cw.
+        channels: channels of the values.
+        kernel_size: K.
+    """
+
+    images: int
+    height: int
+    width: int
+    relation: int
+    weights: int
+    channels: int
+    kernel_size: int
+
+    @property
+    def rel(self) -> int:
+        """Channels of the relation before the tail, padded; 0 if all are within it."""
+        if self.relation <= IN_TAIL:
+            return 0
+        return next(r for r in RELATIONS if r >= self.relation)
+
+    @property
+    def size(self) -> int:
+        """Channels of the folded planes."""
+        return self.rel + TAIL
+
+    @property
+    def hidden(self) -> int:
+        """Channels between the convolutions, padded."""
+        return max(self.rel, 8)
+
+    @property
+    def slabs(self) -> int:
+        """Blocks of weight channels."""
+        return max(1, self.rel // 16)
+
+    @property
+    def slots(self) -> int:
+        """Weight channels of a slab."""
+        return min(self.weights, 8)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 8 channels of values that share a slab."""
+        return self.channels // (8 * self.slabs)
+
+    @property
+    def step(self) -> int:
+        """Channels between the blocks of a slab."""
+        return self.weights if self.slots == 8 else 8
+
+    @property
+    def plane(self) -> int:
+        """Pixels of a plane."""
+        return self.height * self.width
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Sides of the padded planes."""
+        more = self.kernel_size - 1
+        return self.height + more, self.width + more
+
+    @property
+    def taps(self) -> int:
+        """Taps of a window."""
+        return self.kernel_size**2
+
+    @property
+    def terms(self) -> int:
+        """Relations of a channel: what the statistics are taken over."""
+        return self.images * self.plane * self.taps
+
+    @property
+    def logits_shape(self) -> tuple[int, ...]:
+        """Shape of the stored logits."""
+        return self.images, self.slabs, self.taps, self.plane, self.slots
+
+    def obstacle(self) -> str | None:
+        """Return why there are no kernels for these shapes, or None."""
+        if self.kernel_size not in KERNEL_SIZES:
+            return f"a kernel_size of {self.kernel_size} is none of 3, 5 and 7"
+        if self.relation > RELATIONS[-1]:
+            return f"{self.relation} channels of query and key are more than {RELATIONS[-1]}"
+        if self.slots not in SLOTS or self.weights != self.slots * self.slabs:
+            return f"{self.weights} weight channels do not go with {self.relation} of the relation"
+        shared = self.channels // self.weights
+        if self.channels % 8 != 0 or self.blocks not in BLOCKS:
+            return f"{shared} channels that share a weight do not make 2, 4 or 8 blocks"
+        if (
+            self.images * max(self.plane * self.size, math.prod(self.padded) * self.channels)
+            >= 2**34
+        ):
+            return "the planes are too large"
+        return None
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A walk over planes, cut into tiles.
+
+    Attributes:
+        rows, columns: of a tile.
+        down, across: tiles of an image.
+        staged: pixels of a tile and of what its windows reach.
+        argument: struct Tiling.
+    """
+
+    rows: int
+    columns: int
+    down: int
+    across: int
+    staged: int
+    argument: np.ndarray
+
+    @property
+    def of_image(self) -> int:
+        """Tiles of an image."""
+        return self.down * self.across
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block."""
+        return min(MOST_WARPS, -(-self.rows * self.columns // GROUP))
+
+
+@cache
+def tiles(layout: Layout, keys: bool, bytes_of_pixel: int, most_bytes: int) -> Tiles | None:
+    """Cut a walk over queries or padded keys into tiles that fit shared memory.
+
+    Args:
+        layout: the layer.
+        keys: whether the walk is over padded keys.
+        bytes_of_pixel: what is staged of a pixel.
+        most_bytes: shared memory.
+
+    Returns:
+        Tiles of at most as many pixels as a block has lanes for, or None if not even one row fits.
+    """
+    more = layout.kernel_size - 1
+    height, width = layout.padded if keys else (layout.height, layout.width)
+    most_pixels = MOST_WARPS * GROUP
+    for across in range(-(-width // most_pixels), width + 1):
+        columns = -(-width // across)
+        rows = min(height, most_pixels // columns)
+        while rows > 1 and (rows + more) * (columns + more) * bytes_of_pixel > most_bytes:
+            rows -= 1
+        down = -(-height // rows)
+        rows = -(-height // down)
+        staged = (rows + more) * (columns + more)
+        if staged * bytes_of_pixel <= most_bytes:
+            fields = (divisor(across), divisor(down), divisor(columns), divisor(columns + more))
+            sides = (rows, layout.height, layout.width, layout.images)
+            argument = structure((*fields, *sides), TILING)
+            return Tiles(rows, columns, down, across, staged, argument)
+    return None
+
+
+def tiles_of_share(layout: Layout, cut: Tiles) -> int:
+    """Return how many tiles a block takes whose sums run over all pixels."""
+    groups = -(-cut.rows * cut.columns // (GROUP * cut.warps))
+    most = max(1, MOST_PRODUCTS // (groups * layout.taps))
+    return max(1, min(most, layout.images * cut.of_image // SHARES))
+
+
+def slots_of_relation(layout: Layout, device: torch.device) -> Tensor:
+    """Return where the folded planes have the relation, the two positions and the constant."""
+    base = layout.rel or layout.relation
+    return _indices(layout.relation, base, device)
+
+
+@cache
+def _indices(relation: int, base: int, device: torch.device) -> Tensor:
+    return torch.tensor([*range(relation), base, base + 1, base + 2], device=device)
+
+
+def pack(matrix: Tensor) -> Tensor:
+    """Return a matrix of whole blocks of 8 x 8 as struct Blocks reads it, in halves."""
+    rows, columns = matrix.shape
+    padded = torch.nn.functional.pad(matrix, (0, -columns % 32)).half()
+    blocks = padded.view(rows // 8, 8, -1, 4, 4, 2)
+    return blocks.permute(0, 2, 1, 4, 3, 5).contiguous()

@@ -1,0 +1,394 @@
+// Sums of values weighted by the softmax of stored logits, and their gradients: see pairwise.cuh and
+// pairwise_logits.cu.
+//
+// A warp takes 16 pixels and the channels of one slab: a weight channel's values lie in blocks of 8
+// neighbouring channels. Lane l has pixels l / 4 and l / 4 + 8, of every block channels 2 * (l % 4) and
+// the next one, and the weights of just these. Values and slopes are staged as halves, multiplied by
+// powers of two that keep them in range; sums over one row of taps are kept in halves, too, those over
+// rows in float.
+#include "pairwise.cuh"
+
+constexpr unsigned NEVER = 0xfc00fc00;  // two logits of minus infinity
+
+// Where the channels of a slab lie.
+struct Channels {
+    int all;    // channels of a pixel
+    int step;   // between blocks
+    int first;  // of the lane, of the first block
+    int slot;   // the lane's first of two weight channels
+    int slots;
+
+    __device__ Channels(int channels, int channels_between, int slab, int slots, int lane)
+        : all(channels),
+          step(channels_between),
+          first(slab * 8 + lane % 4 * 2),
+          slot(lane % 4 * 2 & (slots - 1)),
+          slots(slots) {}
+};
+
+// Stages BLOCKS blocks of a slab's channels, `pitch` halves for every pixel.
+template <typename T, int BLOCKS, int K, bool KEYS>
+__device__ inline void stage_values(const T* planes, float scale, Half* to, const Place& place,
+                                    const Tiling& tiling, int channels, int step, int slab) {
+    constexpr int PITCH = BLOCKS * 8 + 8;
+    const int block = threadIdx.x % BLOCKS;
+    const T* image = planes + static_cast<long long>(place.n) * tiling.height * tiling.width * channels +
+                     slab * 8 + block * step;
+    const auto visit = [&](auto each) {
+        visit_staged<K, KEYS>(place, tiling, threadIdx.x / BLOCKS, blockDim.x / BLOCKS,
+                              [&](int at, int number, bool exists) {
+                                  each(to + at * PITCH + block * 8, number, exists);
+                              });
+    };
+    visit([&](Half* at, int number, bool exists) {
+        copy_or_clear<8>(reinterpret_cast<T*>(at), image + number * channels, exists);
+    });
+    end_group();
+    wait_for_groups<0>();
+    // Every thread converts what it has copied itself.
+    visit([&](Half* at, int, bool) {
+        float values[8];
+        load<8>(reinterpret_cast<const T*>(at), values);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) values[e] *= scale;
+        store<8>(at, values);
+    });
+    __syncthreads();
+}
+
+// The two weights of a lane, rounded.
+__device__ inline unsigned weights_of(unsigned logits, const float (&log_sums)[2]) {
+    return pack<Half>(power_of_two(first_of(logits) - log_sums[0]),
+                      power_of_two(second_of(logits) - log_sums[1]));
+}
+
+// Shared address of this lane's row for load_matrices: pixel l % 16 and block l / 16.
+template <int BLOCKS>
+__device__ inline unsigned value_row(const Half* staged, int number, int lane) {
+    return shared_address(staged) + number * (BLOCKS * 8 + 8) * 2 + lane / 16 * 16;
+}
+
+// Reads the lane's values of all blocks, of a neighbour `offset` bytes behind the first one.
+template <int BLOCKS>
+__device__ inline void load_values(unsigned row, unsigned (&values)[BLOCKS][2]) {
+    if constexpr (BLOCKS == 1) load_matrices<false>(row, values[0]);
+    else
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b += 2) {
+            unsigned four[4];
+            load_matrices<false>(row + b * 16, four);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) values[b + e / 2][e % 2] = four[e];
+        }
+}
+
+// Sums of a lane's values.
+template <int BLOCKS>
+struct ValueSums {
+    unsigned row[BLOCKS][2];     // of one row of taps
+    float rows[BLOCKS][2][2];
+
+    __device__ ValueSums() {
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) rows[b][h][0] = rows[b][h][1] = 0;
+    }
+
+    __device__ void begin_row() {
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b) row[b][0] = row[b][1] = 0;
+    }
+
+    __device__ void add(const unsigned (&values)[BLOCKS][2], const unsigned (&weights)[2]) {
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+                row[b][h] = multiply_add_pairs(values[b][h], weights[h], row[b][h]);
+    }
+
+    __device__ void end_row() {
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                rows[b][h][0] += first_of(row[b][h]);
+                rows[b][h][1] += second_of(row[b][h]);
+            }
+    }
+};
+
+// `value` and `out` are (N, H * W, channels); `scales` are those of values and slopes.
+template <typename T, int BLOCKS, int K>
+__global__ void __launch_bounds__(256, 2)
+    pairwise_aggregate(const Half* logits, const float* log_sums, const T* value, T* out,
+                       const float* scales, Tiling tiling, Divisor slabs, int slots, int channels,
+                       int step) {
+    constexpr int PITCH = BLOCKS * 8 + 8;
+    extern __shared__ double shared[];
+    Half* staged = reinterpret_cast<Half*>(shared);
+    const int lane = threadIdx.x % 32, plane = tiling.height * tiling.width;
+    const int pixels = tiling.rows * tiling.columns.divisor;
+    unsigned tile = blockIdx.x;
+    const int slab = slabs.divide(tile);
+    const Place place(tile, tiling);
+    const Channels own(channels, step, slab, slots, lane);
+    stage_values<T, BLOCKS, K, false>(value, scales[0], staged, place, tiling, channels, step, slab);
+    const long long slab_number = static_cast<long long>(place.n) * slabs.divisor + slab;
+#pragma unroll 1
+    for (int first = threadIdx.x / 32 * GROUP; first < pixels; first += blockDim.x / 32 * GROUP) {
+        const Pixel<K, false> of_row(first + lane % 16, place, tiling);
+        unsigned row = value_row<BLOCKS>(staged, of_row.staged_number(tiling), lane);
+        int number[2];
+        bool exists[2];
+        float log_sum[2][2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const Pixel<K, false> pixel(first + h * 8 + lane / 4, place, tiling);
+            number[h] = pixel.number(tiling);
+            exists[h] = pixel.exists;
+            load<2>(log_sums + (slab_number * plane + number[h]) * slots + own.slot, log_sum[h]);
+        }
+        ValueSums<BLOCKS> sums;
+        const Half* taps = logits + slab_number * K * K * plane * slots + own.slot;
+#pragma unroll 1
+        for (int i = 0; i < K; ++i, row += tiling.staged.divisor * PITCH * 2) {
+            unsigned logit[K][2];
+#pragma unroll
+            for (int j = 0; j < K; ++j, taps += plane * slots)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) logit[j][h] = pair_at(taps + number[h] * slots);
+            sums.begin_row();
+#pragma unroll
+            for (int j = 0; j < K; ++j) {
+                unsigned weights[2], values[BLOCKS][2];
+#pragma unroll
+                for (int h = 0; h < 2; ++h) weights[h] = weights_of(logit[j][h], log_sum[h]);
+                load_values<BLOCKS>(row + j * PITCH * 2, values);
+                sums.add(values, weights);
+            }
+            sums.end_row();
+        }
+        const float unscale = 1 / scales[0];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            if (!exists[h]) continue;
+            T* to = out + (place.n * static_cast<long long>(plane) + number[h]) * channels + own.first;
+#pragma unroll
+            for (int b = 0; b < BLOCKS; ++b) {
+                const float pair[2] = {sums.rows[b][h][0] * unscale, sums.rows[b][h][1] * unscale};
+                store<2>(to + b * step, pair);
+            }
+        }
+    }
+}
+
+// Adds up what lanes that share weight channels have: fewer slots than 8 repeat among a quad.
+template <int SLOTS>
+__device__ inline unsigned sum_of_quad(unsigned pair) {
+    if (SLOTS <= 4) pair = add_pairs(pair, __shfl_xor_sync(0xffffffff, pair, 2));
+    if (SLOTS <= 2) pair = add_pairs(pair, __shfl_xor_sync(0xffffffff, pair, 1));
+    return pair;
+}
+
+template <int SLOTS>
+__device__ inline float sum_of_quad(float value) {
+    if (SLOTS <= 4) value += __shfl_xor_sync(0xffffffff, value, 2);
+    if (SLOTS <= 2) value += __shfl_xor_sync(0xffffffff, value, 1);
+    return value;
+}
+
+// Writes the gradients of the (natural) logits, scaled as the products of values and slopes are; laid
+// out as logits.
+template <typename T, int BLOCKS, int K, int SLOTS>
+__global__ void __launch_bounds__(256, 2)
+    pairwise_logits_gradient(const T* grad, const Half* logits, const float* log_sums,
+                             const T* value, const T* out, Half* grad_logits, const float* scales,
+                             Tiling tiling, Divisor slabs, int channels, int step) {
+    constexpr int slots = SLOTS, PITCH = BLOCKS * 8 + 8;
+    extern __shared__ double shared[];
+    Half* staged = reinterpret_cast<Half*>(shared);
+    const int lane = threadIdx.x % 32, plane = tiling.height * tiling.width;
+    const int pixels = tiling.rows * tiling.columns.divisor;
+    unsigned tile = blockIdx.x;
+    const int slab = slabs.divide(tile);
+    const Place place(tile, tiling);
+    const Channels own(channels, step, slab, slots, lane);
+    stage_values<T, BLOCKS, K, false>(value, scales[0], staged, place, tiling, channels, step, slab);
+    const long long slab_number = static_cast<long long>(place.n) * slabs.divisor + slab;
+#pragma unroll 1
+    for (int first = threadIdx.x / 32 * GROUP; first < pixels; first += blockDim.x / 32 * GROUP) {
+        const Pixel<K, false> of_row(first + lane % 16, place, tiling);
+        unsigned row = value_row<BLOCKS>(staged, of_row.staged_number(tiling), lane);
+        int number[2];
+        bool mine[2];
+        float log_sum[2][2], delta[2][2] = {};
+        unsigned slopes[BLOCKS][2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const Pixel<K, false> pixel(first + h * 8 + lane / 4, place, tiling);
+            number[h] = pixel.number(tiling);
+            mine[h] = pixel.exists && lane % 4 * 2 < slots;
+            load<2>(log_sums + (slab_number * plane + number[h]) * slots + own.slot, log_sum[h]);
+            const long long at =
+                (place.n * static_cast<long long>(plane) + number[h]) * channels + own.first;
+#pragma unroll
+            for (int b = 0; b < BLOCKS; ++b) {
+                float slope[2], sum[2];
+                load<2>(grad + at + b * step, slope);
+                load<2>(out + at + b * step, sum);
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    slope[e] *= scales[1];
+                    delta[h][e] += slope[e] * (sum[e] * scales[0]);
+                }
+                slopes[b][h] = pack<Half>(slope[0], slope[1]);
+            }
+#pragma unroll
+            for (int e = 0; e < 2; ++e) delta[h][e] = sum_of_quad<SLOTS>(delta[h][e]);
+        }
+        const long long before = slab_number * K * K * plane * slots + own.slot;
+        const Half* taps = logits + before;
+        Half* to = grad_logits + before;
+#pragma unroll 1
+        for (int i = 0; i < K; ++i, row += tiling.staged.divisor * PITCH * 2) {
+            unsigned logit[K][2];
+#pragma unroll
+            for (int j = 0; j < K; ++j, taps += plane * slots)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) logit[j][h] = pair_at(taps + number[h] * slots);
+#pragma unroll
+            for (int j = 0; j < K; ++j, to += plane * slots) {
+                unsigned values[BLOCKS][2];
+                load_values<BLOCKS>(row + j * PITCH * 2, values);
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    unsigned product = 0;
+#pragma unroll
+                    for (int b = 0; b < BLOCKS; ++b)
+                        product = multiply_add_pairs(values[b][h], slopes[b][h], product);
+                    product = sum_of_quad<SLOTS>(product);
+                    const float first_weight = power_of_two(first_of(logit[j][h]) - log_sum[h][0]);
+                    const float second_weight = power_of_two(second_of(logit[j][h]) - log_sum[h][1]);
+                    unsigned packed = pack<Half>(first_weight * (first_of(product) - delta[h][0]),
+                                                 second_weight * (second_of(product) - delta[h][1]));
+                    forget_origin(packed);  // nothing but the store depends on a condition
+                    if (mine[h]) *reinterpret_cast<unsigned*>(to + number[h] * slots) = packed;
+                }
+            }
+        }
+    }
+}
+
+// Writes the gradient of the padded values, (N, padded pixels, channels): a walk over keys.
+template <typename T, int BLOCKS, int K>
+__global__ void __launch_bounds__(256, 2)
+    pairwise_value_gradient(const T* grad, const Half* logits, const float* log_sums, float* padded,
+                            const float* scales, Tiling tiling, Divisor slabs, int slots,
+                            int channels, int step) {
+    constexpr int PITCH = BLOCKS * 8 + 8;
+    extern __shared__ double shared[];
+    Half* staged = reinterpret_cast<Half*>(shared);
+    const int lane = threadIdx.x % 32, plane = tiling.height * tiling.width;
+    const int pixels = tiling.rows * tiling.columns.divisor;
+    unsigned tile = blockIdx.x;
+    const int slab = slabs.divide(tile);
+    const Place place(tile, tiling);
+    const Channels own(channels, step, slab, slots, lane);
+    const long long slab_number = static_cast<long long>(place.n) * slabs.divisor + slab;
+    // The queries' sums of powers lie behind their slopes.
+    float* staged_sums = reinterpret_cast<float*>(
+        staged + (tiling.rows + K - 1) * tiling.staged.divisor * PITCH);
+    visit_staged<K, true>(place, tiling, threadIdx.x, blockDim.x, [&](int at, int number, bool exists) {
+        for (int s = 0; s < slots; s += 2)
+            copy_or_clear<2>(staged_sums + at * slots + s,
+                             log_sums + (slab_number * plane + number) * slots + s, exists);
+    });
+    stage_values<T, BLOCKS, K, true>(grad, scales[1], staged, place, tiling, channels, step, slab);
+#pragma unroll 1
+    for (int first = threadIdx.x / 32 * GROUP; first < pixels; first += blockDim.x / 32 * GROUP) {
+        const Pixel<K, true> of_row(first + lane % 16, place, tiling);
+        unsigned row = value_row<BLOCKS>(staged, of_row.staged_number(tiling), lane);
+        const Pixel<K, true> pixel[2] = {{first + lane / 4u, place, tiling},
+                                         {first + 8 + lane / 4u, place, tiling}};
+        const float* sums_of[2];
+        unsigned at[2], columns[2];
+        const Walk<K, true> walk(tiling, slots);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            sums_of[h] = staged_sums + pixel[h].staged_number(tiling) * slots + own.slot;
+            at[h] = walk.first(pixel[h], tiling, slots);
+            columns[h] = pixel[h].columns_of_queries(tiling);
+        }
+        ValueSums<BLOCKS> sums;
+        const Half* slab_logits = logits + slab_number * K * K * plane * slots + own.slot;
+#pragma unroll 1
+        for (int i = 0; i < K; ++i, row += tiling.staged.divisor * PITCH * 2) {
+            unsigned logit[K][2];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const unsigned exist = pixel[h].row_of_queries(i, tiling) ? columns[h] : 0;
+#pragma unroll
+                for (int j = 0; j < K; ++j, at[h] += walk.next_tap)
+                    logit[j][h] = exist >> j & 1 ? pair_at(slab_logits + at[h]) : NEVER;
+                at[h] += walk.next_row;
+            }
+            sums.begin_row();
+#pragma unroll
+            for (int j = 0; j < K; ++j) {
+                unsigned weights[2], values[BLOCKS][2];
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    float log_sum[2];
+                    load<2>(sums_of[h] + (i * tiling.staged.divisor + j) * slots, log_sum);
+                    weights[h] = weights_of(logit[j][h], log_sum);
+                }
+                load_values<BLOCKS>(row + j * PITCH * 2, values);
+                sums.add(values, weights);
+            }
+            sums.end_row();
+        }
+        const float unscale = 1 / scales[1];
+        const int padded_plane = (tiling.height + K - 1) * (tiling.width + K - 1);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            if (!pixel[h].exists) continue;
+            float* to = padded + (place.n * static_cast<long long>(padded_plane) +
+                                  pixel[h].padded_number(tiling)) * channels + own.first;
+#pragma unroll
+            for (int b = 0; b < BLOCKS; ++b) {
+                const float pair[2] = {sums.rows[b][h][0] * unscale, sums.rows[b][h][1] * unscale};
+                store<2>(to + b * step, pair);
+            }
+        }
+    }
+}
+
+// Adds what lies in the padding to the pixels shown there; a thread takes 8 channels of a pixel.
+template <typename T, int K>
+__global__ void __launch_bounds__(256)
+    pairwise_fold(const float* padded, T* folded, Divisor eights, Divisor width, Divisor height,
+                  int images) {
+    constexpr int RADIUS = K / 2;
+    unsigned rest = blockIdx.x * 256u + threadIdx.x;
+    const int eight = eights.divide(rest), x = width.divide(rest), y = height.divide(rest);
+    const int n = rest, channels = eights.divisor * 8, wide = width.divisor, high = height.divisor;
+    if (n >= images) return;
+    const float* plane = padded + static_cast<long long>(n) * (high + K - 1) * (wide + K - 1) * channels + eight * 8;
+    float sums[8] = {};
+#pragma unroll
+    for (int a = 0; a < IMAGES<true>; ++a)
+#pragma unroll
+        for (int b = 0; b < IMAGES<true>; ++b) {
+            int shown_y, shown_x;
+            if (!image<true>(y, high, RADIUS, a, shown_y) || !image<true>(x, wide, RADIUS, b, shown_x)) continue;
+            const float* from = plane + static_cast<long long>((shown_y + RADIUS) * (wide + K - 1) + shown_x + RADIUS) * channels;
+            float values[8];
+            load<4>(from, *reinterpret_cast<float(*)[4]>(values));
+            load<4>(from + 4, *reinterpret_cast<float(*)[4]>(values + 4));
+#pragma unroll
+            for (int e = 0; e < 8; ++e) sums[e] += values[e];
+        }
+    store<8>(folded + ((static_cast<long long>(n) * high + y) * wide + x) * channels + eight * 8, sums);
+}
