@@ -8,6 +8,7 @@ break. torch's FLOP counter knows the first four, and counts no batch normalisat
 """
 
 from sanctl_ops.aggregation import aggregation
+from sanctl_ops.attention import Attention, Norm
 from sanctl_ops.backend import (
     BackendError,
     Choice,
@@ -18,16 +19,21 @@ from sanctl_ops.backend import (
 )
 from sanctl_ops.batch_norm_relu import batch_norm_relu
 from sanctl_ops.concatenation import concatenation
+from sanctl_ops.patchwise_attention import patchwise_attention, patchwise_attention_reason
 from sanctl_ops.subtraction import subtraction
 from sanctl_ops.subtraction2 import subtraction2
 
 __all__ = [
+    "Attention",
     "BackendError",
     "Choice",
+    "Norm",
     "aggregation",
     "batch_norm_relu",
     "choose_backend",
     "concatenation",
+    "patchwise_attention",
+    "patchwise_attention_reason",
     "requested_backend",
     "set_backend",
     "subtraction",
