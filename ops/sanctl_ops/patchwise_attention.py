@@ -9,7 +9,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sanctl_ops import patchwise_formulas as formulas
 from sanctl_ops.attention import Attention, Norm
-from sanctl_ops.backend import choose_backend
+from sanctl_ops.backend import choose_backend, runs_kernels
+from sanctl_ops.kernels import patchwise as kernels
+from sanctl_ops.kernels import patchwise_backward as backward_kernels
+from sanctl_ops.kernels import patchwise_plan as plan
+from sanctl_ops.kernels.patchwise import Parameters
+from sanctl_ops.kernels.patchwise_plan import Sizes
 from sanctl_ops.patchwise_checks import check_images, check_layer
 from sanctl_ops.patchwise_formulas import Layer
 from sanctl_ops.window import accumulation_dtype, plane_format
@@ -89,7 +94,35 @@ def patchwise_attention_reason(
         BackendError: the CuPy kernels are asked for by name and cannot run on query's device.
     """
     choice = choose_backend(query.device)
-    return choice.reason if choice.name == "torch" else "there are none yet"
+    if choice.name == "torch":
+        return choice.reason
+    return plan.obstacle(query.dtype, _sizes(query, value, hidden, kernel_size))
+
+
+def _sizes(query: Tensor, value: Tensor, hidden: int, kernel_size: int) -> Sizes:
+    batch, relation, height, width = query.shape
+    share = value.shape[1] // hidden
+    return Sizes(batch, height, width, relation, hidden, share, kernel_size)
+
+
+def _sizes_for_kernels(query: Tensor, value: Tensor, hidden: int, kernel_size: int) -> Sizes | None:
+    """Return the sizes if the kernels are to run, or None."""
+    sizes = _sizes(query, value, hidden, kernel_size)
+    if not runs_kernels(query.device) or plan.obstacle(query.dtype, sizes) is not None:
+        return None
+    return sizes
+
+
+def _parameters(layer: Layer) -> Parameters:
+    """Return the layer as the kernels take it."""
+    wide = layer.to(torch.float32)
+    norm1, norm2 = (
+        Norm(*(None if t is None else t.contiguous() for t in norm[:4]), norm.eps)
+        for norm in (wide.norm1, wide.norm2)
+    )
+    weights = (t.contiguous() for t in (wide.weight1, wide.weight2, wide.bias2))
+    weight1, weight2, bias2 = weights
+    return Parameters(norm1, weight1, norm2, weight2, bias2)
 
 
 @torch.library.custom_op(
@@ -118,7 +151,19 @@ def _patchwise_attention(
     norm1 = Norm(norm1_weight, norm1_bias, norm1_mean, norm1_variance, eps1)
     norm2 = Norm(norm2_weight, norm2_bias, norm2_mean, norm2_variance, eps2)
     layer = Layer(norm1, weight1, norm2, weight2, bias2, kernel_size)
-    return formulas.forward(query, key, value, layer)
+    sizes = _sizes_for_kernels(query, value, weight1.shape[0], kernel_size)
+    if sizes is None:
+        return formulas.forward(query, key, value, layer)
+    out, *statistics, hidden = kernels.forward(sizes, query, key, value, _parameters(layer))
+    out = out.contiguous(memory_format=plane_format(value))
+    # An operator may not return what it was given.
+    mean1, variance1, mean2, variance2 = (
+        t.clone() if known is not None else t
+        for t, known in zip(
+            statistics, (norm1_mean, norm1_variance, norm2_mean, norm2_variance), strict=True
+        )
+    )
+    return out, mean1, variance1, mean2, variance2, hidden
 
 
 @_patchwise_attention.register_fake
@@ -165,7 +210,19 @@ def _patchwise_attention_backward(
     norm2 = Norm(norm2_weight, norm2_bias, mean2, variance2, eps2)
     layer = Layer(norm1, weight1, norm2, weight2, bias2, kernel_size)
     by_batch = (by_batch1, by_batch2)
-    return list(formulas.backward(grad, query, key, value, hidden, layer, by_batch))
+    sizes = _sizes_for_kernels(query, value, weight1.shape[0], kernel_size)
+    if sizes is None:
+        return list(formulas.backward(grad, query, key, value, hidden, layer, by_batch))
+    gradients = backward_kernels.backward(
+        sizes, grad, query, key, value, hidden, _parameters(layer), by_batch
+    )
+    images = (
+        g.contiguous(memory_format=plane_format(x))
+        for g, x in zip(gradients[:3], (query, key, value), strict=True)
+    )
+    given = (norm1_weight, norm1_bias, weight1, norm2_weight, norm2_bias, weight2, bias2)
+    parameters = (g.to(p.dtype) for g, p in zip(gradients[3:], given, strict=True))
+    return [*images, *parameters]
 
 
 @_patchwise_attention_backward.register_fake
