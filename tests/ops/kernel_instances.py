@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 
 from sanctl_ops.checks import DTYPES
-from sanctl_ops.kernels import aggregation_mma, pairwise_layout, runtime
+from sanctl_ops.kernels import aggregation_mma, pairwise_layout, patchwise_plan, runtime
 from sanctl_ops.kernels.geometry import SAME_KERNEL_SIZES, VECTOR_BYTES
 
 Parameters = tuple[torch.dtype | bool | int, ...]
@@ -47,10 +47,14 @@ RELATIONS: list[Parameters] = list(
     itertools.product(pairwise_layout.RELATIONS, pairwise_layout.KERNEL_SIZES)
 )
 VALUES: list[Parameters] = list(
-    itertools.product(
-        pairwise_layout.DTYPES, pairwise_layout.BLOCKS, pairwise_layout.KERNEL_SIZES
-    )
+    itertools.product(pairwise_layout.DTYPES, pairwise_layout.BLOCKS, pairwise_layout.KERNEL_SIZES)
 )
+# Tiles of 8 hidden channels.
+HIDDEN_TILES = (1, 2, 4, 8)
+PATCHWISE: list[Parameters] = list(
+    itertools.product(patchwise_plan.DTYPES, SAME_KERNEL_SIZES, HIDDEN_TILES)
+)
+FLOAT: list[Parameters] = [(torch.float32,)]
 
 TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
     "aggregation.cu": {
@@ -104,6 +108,35 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
         "pairwise_fold": PAIRWISE_PLANES,
     },
     "pairwise_weights_gradient.cu": {"pairwise_weights_gradient": RELATIONS},
+    "patchwise_attend.cu": {"patchwise_attend": PATCHWISE},
+    "patchwise_fold.cu": {
+        "patchwise_fold_relation": [(torch.float32, True), (torch.float32, False)],
+        "patchwise_fold_first": FLOAT,
+        "patchwise_fold_first_turned": FLOAT,
+        "patchwise_fold_second": [(torch.float32, True), (torch.float32, False)],
+        "patchwise_join": FLOAT,
+        "patchwise_close_second": FLOAT,
+        "patchwise_close_first": FLOAT,
+        "patchwise_spread": [(torch.float32, k) for k in SAME_KERNEL_SIZES],
+    },
+    "patchwise_hidden.cu": {"patchwise_hidden": PATCHWISE},
+    "patchwise_planes.cu": {
+        "patchwise_image_moments": [(dtype,) for dtype in patchwise_plan.DTYPES],
+        "patchwise_moments": FLOAT,
+        "patchwise_join_moments": FLOAT,
+        "patchwise_rectify": FLOAT,
+        "patchwise_slopes_of_hidden": FLOAT,
+        "patchwise_join_slopes": FLOAT,
+        "patchwise_gradient_of_hidden": FLOAT,
+    },
+    "patchwise_relation_gradient.cu": {"patchwise_relation_gradient": PATCHWISE},
+    "patchwise_slopes.cu": {"patchwise_slopes": PATCHWISE},
+    "patchwise_value_gradient.cu": {"patchwise_value_gradient": PATCHWISE},
+    "patchwise_weight_gradient.cu": {
+        "patchwise_weight_gradient": [
+            (*one, is_query) for one in PATCHWISE for is_query in (True, False)
+        ]
+    },
     "subtraction2.cu": {
         "subtraction2": ANY,
         "subtraction2_same": SAME,

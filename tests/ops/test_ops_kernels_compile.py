@@ -1,6 +1,7 @@
 """The kernels without a GPU: all of them compile, and are launched with what they declare."""
 
 import importlib
+import itertools
 import pkgutil
 import re
 from collections.abc import Sequence
@@ -10,15 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_instances import TEMPLATES, instances
+from kernel_instances import HIDDEN_TILES, TEMPLATES, instances
 from op_cases import CASES, OPERATORS, Case, Operator, make_inputs
 from pairwise_oracle import PairwiseCase, draw, fused
+from patchwise_cases import Case as PatchwiseCase
+from patchwise_cases import attended
 from torch import Tensor
 
 import sanctl_ops
 from sanctl_ops import kernels
 from sanctl_ops.checks import DTYPES
-from sanctl_ops.kernels import geometry, pairwise_layout, runtime
+from sanctl_ops.kernels import geometry, pairwise_layout, patchwise_plan, runtime
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # Machine code, but not the fastest: that takes ten times as long.
@@ -28,6 +31,7 @@ DECLARATION = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)
 STRUCTURES = {
     "Deal": geometry.DEAL,
     "Divisor": geometry.DIVISOR,
+    "Shape": patchwise_plan.SHAPE,
     "Strides": geometry.STRIDES,
     "Tiling": pairwise_layout.TILING,
     "Window": geometry.WINDOW,
@@ -161,6 +165,9 @@ def test_launches_fit_the_declarations_and_are_all_compiled(launches: Launches) 
             inputs = draw(case).converted("cpu", dtype, torch.float32)
             out = fused(inputs).out
             torch.autograd.grad(out, inputs.leaves, torch.zeros_like(out))
+    for dtype, hidden, size in itertools.product(patchwise_plan.DTYPES, HIDDEN_TILES, (3, 5, 7)):
+        x = PatchwiseCase("", 9, 8, size, relation=hidden * 16, hidden=hidden * 8).inputs()
+        attended(x.to("cpu", dtype, torch.float32), torch.zeros_like(x.value))
     compiled = {instance for source in TEMPLATES for instance in instances(source)}
     assert launches.kernels - compiled == set(), "asked for, but not compiled here"
     names = {(kernel.source, kernel.expression.partition("<")[0]) for kernel in launches.kernels}

@@ -9,6 +9,8 @@ import pytest
 import torch
 from kernels_on_cpu import Launcher
 from op_cases import OPERATORS, Case, laid_out
+from patchwise_cases import Case as PatchwiseCase
+from patchwise_cases import attended, differentiated, distances, expected
 
 import sanctl_ops
 from sanctl_ops import kernels
@@ -87,3 +89,27 @@ def test_kernels_compute_what_the_formulas_do(
     rtol, atol = TOLERANCES[dtype]
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=rtol, atol=atol)
+
+
+PATCHWISE_CASES = [
+    (torch.bfloat16, PatchwiseCase("tiles", 17, 5, 3, relation=3, hidden=3, share=5, batch=1)),
+    (torch.float16, PatchwiseCase("evaluated", 4, 5, 5, 20, 12, training=False, layout="sliced")),
+]
+
+
+@pytest.mark.usefixtures("_kernels_on_cpu")
+@pytest.mark.parametrize(
+    ("dtype", "case"), PATCHWISE_CASES, ids=[f"{d}-{c.name}" for d, c in PATCHWISE_CASES]
+)
+def test_patchwise_kernels_agree_with_autograd(
+    dtype: torch.dtype, case: PatchwiseCase, launcher: Launcher
+) -> None:
+    x = case.inputs().to("cpu", dtype, torch.float32)
+    truth = x.to("cpu", torch.float64, torch.float64)
+    out = expected(truth)
+    grad = torch.randn_like(out).to(dtype)
+    launched = len(launcher.launched)
+    far = distances(attended(x, grad), differentiated(truth, out, grad.double()))
+    assert len(launcher.launched) > launched + 20
+    # Images are rounded to their type; all else comes of sums of products of halves.
+    assert max(far.values()) < (3e-3 if dtype == torch.bfloat16 else 1.5e-3), far

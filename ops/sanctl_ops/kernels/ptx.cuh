@@ -52,6 +52,33 @@ __device__ inline unsigned pack<BFloat16>(float first, float second) {
     return packed;
 }
 
+// Arithmetic on two halves in a word, each product and sum rounded once.
+__device__ inline unsigned fma_halves(unsigned a, unsigned x, unsigned b) {
+    unsigned sum;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(x), "r"(b));
+    return sum;
+}
+
+// max(0, a * x + b); of a NaN, NaN.
+__device__ inline unsigned fma_relu_halves(unsigned a, unsigned x, unsigned b) {
+    unsigned sum;
+    asm("fma.rn.relu.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(x), "r"(b));
+    return sum;
+}
+
+__device__ inline unsigned multiply_halves(unsigned a, unsigned b) {
+    unsigned product;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+    return product;
+}
+
+// 1 for a half above zero, 0 for any other.
+__device__ inline unsigned above_zero(unsigned halves) {
+    unsigned ones;
+    asm("set.gt.f16x2.f16x2 %0, %1, %2;" : "=r"(ones) : "r"(halves), "r"(0));
+    return ones;
+}
+
 // Makes the compiler forget how a value came about, so that it neither works it out anew where it is
 // used, nor works out ahead of a loop, in registers that there are not, all that is added to it there.
 __device__ inline void forget_origin(unsigned& value) { asm volatile("" : "+r"(value)); }

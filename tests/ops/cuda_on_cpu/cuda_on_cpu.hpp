@@ -90,6 +90,17 @@ inline float __uint_as_float(unsigned bits) {
     return value;
 }
 
+inline unsigned __float_as_uint(float value) {
+    unsigned bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+inline float __shfl_xor_sync(unsigned, float value, int apart) {
+    const auto all = exchange(std::array{__float_as_uint(value)});
+    return __uint_as_float(all[threadIdx.x % 32 ^ apart][0]);
+}
+
 template <typename Kernel>
 inline void run(unsigned blocks, unsigned threads, Kernel kernel) {
     blockDim.x = threads;

@@ -48,6 +48,36 @@ inline unsigned pack(float first, float second) {
         return to_bfloat16(first).bits | static_cast<unsigned>(to_bfloat16(second).bits) << 16;
 }
 
+// Two halves in a word, each handed to `compute` with its likes.
+template <typename Compute, typename... Words>
+inline unsigned by_halves(Compute compute, Words... words) {
+    unsigned result = 0;
+    for (int shift = 0; shift < 32; shift += 16)
+        result |= static_cast<unsigned>(
+                      to_half(compute(to_float(
+                                  Half{static_cast<unsigned short>(words >> shift)})...))
+                          .bits)
+                  << shift;
+    return result;
+}
+
+inline unsigned fma_halves(unsigned a, unsigned x, unsigned b) {
+    return by_halves([](double a, double x, double b) { return a * x + b; }, a, x, b);
+}
+
+inline unsigned fma_relu_halves(unsigned a, unsigned x, unsigned b) {
+    return by_halves(
+        [](double a, double x, double b) { return a * x + b < 0 ? 0.0 : a * x + b; }, a, x, b);
+}
+
+inline unsigned multiply_halves(unsigned a, unsigned b) {
+    return by_halves([](float a, float b) { return a * b; }, a, b);
+}
+
+inline unsigned above_zero(unsigned halves) {
+    return by_halves([](float x) { return x > 0 ? 1.0f : 0.0f; }, halves);
+}
+
 template <typename T>
 inline void forget_origin(T&) {}
 

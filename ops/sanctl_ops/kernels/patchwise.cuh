@@ -1,0 +1,256 @@
+// What the kernels of patchwise attention share: tiles of an image in shared memory, channels last, and
+// the fragments of products of 16 pixels.
+//
+// A relation's channel is normalised, scaled and cut off by one instruction for two of them: a * x + b
+// in halves, where x is (image - pivot) * unit, of the size of 1. Weights lie in memory as the lanes of
+// a warp hold them in fragments (PTX manual, mma.m16n8k16 and mma.m16n8k8): see patchwise_fold.cu.
+#pragma once
+
+#include "window.cuh"
+
+constexpr int PIXELS = 16;      // of one product
+constexpr int CHANNELS = 8;     // weight channels of one product
+constexpr int SHARE = 8;        // value channels that share a weight, at most
+constexpr int VALUES = CHANNELS * SHARE;
+constexpr int VALUE_PITCH = VALUES + 8;  // staged values of a pixel: neighbours lie in other banks
+constexpr float MOST_HALF = 65504;
+
+// Laid out as SHAPE in patchwise.py.
+struct Shape {
+    int images, height, width;
+    int down, across;             // tiles of an image
+    int relation, hidden, share;  // channels: of query and key; of the weights; sharing one of these
+    int relation_tiles;           // 16 channels each, the last one filled up with zeros
+    int query_pitch, key_pitch, value_pitch, grad_pitch;  // elements between pixels
+    int relation_vector, value_vector;                    // channels that one access may move
+
+    __device__ int pixels() const { return height * width; }
+    __device__ int tiles() const { return down * across; }
+};
+
+// The rows and columns of an image that a block computes. Tiles differ by one in their sides, so that
+// what lies beyond the borders mirrors pixels of the tile at the border.
+struct Tile {
+    int n, top, left, rows, columns;
+
+    __device__ Tile(const Shape& shape, int number) {
+        const int x = number % shape.across, y = number / shape.across % shape.down;
+        n = number / shape.tiles();
+        top = y * shape.height / shape.down;
+        left = x * shape.width / shape.across;
+        rows = (y + 1) * shape.height / shape.down - top;
+        columns = (x + 1) * shape.width / shape.across - left;
+    }
+
+    __device__ int count() const { return rows * columns; }
+    __device__ int products() const { return (count() + PIXELS - 1) / PIXELS; }
+
+    // The pixel of the image that is number i of the tile; for one beyond the last, the last.
+    __device__ int pixel(const Shape& shape, int i) const {
+        i = min(i, count() - 1);
+        return (top + i / columns) * shape.width + left + i % columns;
+    }
+
+    // The place of pixel i in a staged tile with `halo` pixels around.
+    __device__ int place(int i, int halo) const {
+        i = min(i, count() - 1);
+        return (i / columns + halo) * (columns + 2 * halo) + i % columns + halo;
+    }
+};
+
+// As near to x as a finite half can be; a NaN stays one.
+__device__ inline float within_halves(float x) {
+    x = x > MOST_HALF ? MOST_HALF : x;
+    return x < -MOST_HALF ? -MOST_HALF : x;
+}
+
+__device__ inline unsigned pack_halves(float first, float second) {
+    return pack<Half>(within_halves(first), within_halves(second));
+}
+
+// Channels `first` to `first + 7` of a pixel with `count` of them; zeros beyond.
+template <typename T>
+__device__ inline void load_channels(const T* pixel, int first, int count, int vector,
+                                     float (&values)[8]) {
+    if (vector == 8) return load<8>(pixel + first, values);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) values[e] = first + e < count ? widen(pixel[first + e]) : 0.0f;
+}
+
+// The bits of the same channels, two in a word.
+template <typename T>
+__device__ inline Vector<unsigned, 4> load_bits(const T* pixel, int count, int vector) {
+    if (vector == 8) return *reinterpret_cast<const Vector<unsigned, 4>*>(pixel);
+    Vector<unsigned, 4> words;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+        const unsigned low = 2 * e < count ? pixel[2 * e].bits : 0;
+        const unsigned high = 2 * e + 1 < count ? pixel[2 * e + 1].bits : 0;
+        words.at[e] = low | high << 16;
+    }
+    return words;
+}
+
+// The power of two, and its inverse, that takes `bound` to at most 2^15, or as far as there is one.
+__device__ inline void scale_of(float bound, float& scale, float& inverse) {
+    const int exponent = __float_as_uint(bound) >> 23;
+    const int wanted = min(max(268 - exponent, 1), 253);
+    scale = __uint_as_float(static_cast<unsigned>(wanted) << 23);
+    inverse = __uint_as_float(static_cast<unsigned>(254 - wanted) << 23);
+}
+
+template <typename T>
+__device__ inline float first_of(unsigned pair) {
+    return to_float(T{static_cast<unsigned short>(pair)});
+}
+
+template <typename T>
+__device__ inline float second_of(unsigned pair) {
+    return to_float(T{static_cast<unsigned short>(pair >> 16)});
+}
+
+template <>
+__device__ inline float second_of<BFloat16>(unsigned pair) {
+    return __uint_as_float(pair & 0xffff0000);
+}
+
+// Where an image's channels are zero and how large a unit is, as fold_relation found them.
+struct Units {
+    const float *pivots, *units;
+
+    __device__ Units(const float* table, bool query, int tiles)
+        : pivots(table + (query ? 2 : 0) * PIXELS * tiles), units(pivots + PIXELS * tiles) {}
+
+    // Eight channels from `first` on, of `count`, in units; zeros beyond.
+    __device__ Vector<unsigned, 4> apply(const float (&values)[8], int first, int count) const {
+        float x[8];
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+            x[e] = first + e < count ? (values[e] - pivots[first + e]) * units[first + e] : 0.0f;
+        return {pack_halves(x[0], x[1]), pack_halves(x[2], x[3]), pack_halves(x[4], x[5]),
+                pack_halves(x[6], x[7])};
+    }
+};
+
+// Stages `rows` x `columns` pixels from (top, left) on, which mirror those inside the image: channels
+// `first` to `first + 8 * chunks - 1`, in units.
+template <typename T>
+__device__ inline void stage_relation(Half* to, int pitch, const T* image, int image_pitch,
+                                      const Units& units, const Shape& shape, int top, int left,
+                                      int rows, int columns, int first, int chunks) {
+    for (int i = threadIdx.x; i < rows * columns * chunks; i += blockDim.x) {
+        const int place = i / chunks, channel = first + i % chunks * 8;
+        const int y = source<true>(top + place / columns, shape.height);
+        const int x = source<true>(left + place % columns, shape.width);
+        const T* pixel = image + static_cast<long long>(y * shape.width + x) * image_pitch;
+        float values[8];
+        load_channels(pixel, channel, shape.relation, shape.relation_vector, values);
+        *reinterpret_cast<Vector<unsigned, 4>*>(to + place * pitch + i % chunks * 8) =
+            units.apply(values, channel, shape.relation);
+    }
+}
+
+// Stages a tile of 16-bit values, or of their gradient, with `halo` pixels around: of `CHANNELS` weight
+// channels from `first` on, the SHARE value channels of each side by side. Around the image there are
+// reflections or zeros.
+template <typename T, bool REFLECT>
+__device__ inline void stage_values(T* to, const T* image, int image_pitch, const Shape& shape,
+                                    const Tile& tile, int halo, int first) {
+    const int columns = tile.columns + 2 * halo, rows = tile.rows + 2 * halo;
+    const int count = shape.hidden - first;
+    for (int i = threadIdx.x; i < rows * columns; i += blockDim.x) {
+        const int y = source<REFLECT>(tile.top - halo + i / columns, shape.height);
+        const int x = source<REFLECT>(tile.left - halo + i % columns, shape.width);
+        const bool exists = y >= 0 && x >= 0;
+        const T* pixel = image + (exists ? static_cast<long long>(y * shape.width + x) : 0) *
+                                     image_pitch + first;
+        Vector<unsigned, 4> from[SHARE];
+#pragma unroll
+        for (int g = 0; g < SHARE; ++g)
+            from[g] = exists && g < shape.share
+                          ? load_bits(pixel + g * shape.hidden, count, shape.value_vector)
+                          : Vector<unsigned, 4>{};
+#pragma unroll
+        for (int w = 0; w < CHANNELS; ++w) {
+            Vector<unsigned, 4> turned;
+#pragma unroll
+            for (int g = 0; g < SHARE; g += 2)
+                turned.at[g / 2] = __byte_perm(from[g].at[w / 2], from[g + 1].at[w / 2],
+                                               w % 2 == 0 ? 0x5410 : 0x7632);
+            *reinterpret_cast<Vector<unsigned, 4>*>(to + i * VALUE_PITCH + w * SHARE) = turned;
+        }
+    }
+}
+
+// Stages halves of `width` channels, already as they are wanted, with `halo` pixels of zeros or of the
+// image around; `pitch` elements apart.
+__device__ inline void stage_halves(Half* to, int pitch, const Half* image, int width,
+                                    const Shape& shape, const Tile& tile, int halo) {
+    const int columns = tile.columns + 2 * halo, rows = tile.rows + 2 * halo, chunks = width / 8;
+    for (int i = threadIdx.x; i < rows * columns * chunks; i += blockDim.x) {
+        const int place = i / chunks, chunk = i % chunks * 8;
+        const int y = source<false>(tile.top - halo + place / columns, shape.height);
+        const int x = source<false>(tile.left - halo + place % columns, shape.width);
+        Vector<unsigned, 4> values{};
+        if (y >= 0 && x >= 0)
+            values = *reinterpret_cast<const Vector<unsigned, 4>*>(
+                image + static_cast<long long>(y * shape.width + x) * width + chunk);
+        *reinterpret_cast<Vector<unsigned, 4>*>(to + place * pitch + chunk) = values;
+    }
+}
+
+// One row of the first operand of products with hidden channels, 8 * TILES of them, as registers.
+template <int TILES>
+struct Rows {
+    static constexpr int STEPS = (TILES + 1) / 2;  // of 16 channels, or one of 8
+    unsigned at[STEPS][4];
+
+    // From shared memory; `row` is the address of this lane's row (see row_of_lane).
+    __device__ void load(unsigned row) {
+#pragma unroll
+        for (int s = 0; s < STEPS; ++s) load_matrices<false>(row + s * 32, at[s]);
+    }
+
+    // From global memory: pixels l / 4 and l / 4 + 8 at `first` and `second`.
+    __device__ void load(const Half* first, const Half* second, int lane) {
+#pragma unroll
+        for (int s = 0; s < STEPS; ++s)
+#pragma unroll
+            for (int half = 0; half < (TILES == 1 ? 1 : 2); ++half) {
+                const int channel = s * 16 + half * 8 + lane % 4 * 2;
+                at[s][2 * half] = *reinterpret_cast<const unsigned*>(first + channel);
+                at[s][2 * half + 1] = *reinterpret_cast<const unsigned*>(second + channel);
+            }
+    }
+
+    // sums += rows * b, whose TILES registers lie at `b` in memory for every lane.
+    __device__ void multiply(float (&sums)[4], const Vector<unsigned, TILES>& b) const {
+        if constexpr (TILES == 1) {
+            Mma<Half>::k8(sums, at[0][0], at[0][1], b.at[0]);
+        } else {
+#pragma unroll
+            for (int s = 0; s < STEPS; ++s)
+                Mma<Half>::k16(sums, at[s][0], at[s][1], at[s][2], at[s][3], b.at[2 * s],
+                               b.at[2 * s + 1]);
+        }
+    }
+};
+
+// Elements between pixels of staged hidden values: neighbours lie in other banks.
+template <int TILES>
+constexpr int HIDDEN_PITCH = TILES == 1 ? CHANNELS : TILES * CHANNELS + 8;
+
+// Which of 16 rows, and which 8 of its channels, a lane names to load_matrices for a first operand.
+// One of 8 channels has two matrices only; the other lanes name them again.
+template <int TILES>
+__device__ inline int channel_of_lane(int lane) {
+    return TILES == 1 ? 0 : lane / 16 * 8;
+}
+
+__device__ inline int row_of_lane(int lane) { return lane % 16; }
+
+// A lane's part of a second operand in memory, register by register.
+template <int WORDS>
+__device__ inline Vector<unsigned, WORDS> fragment(const Half* fragments, int number, int lane) {
+    return reinterpret_cast<const Vector<unsigned, WORDS>*>(fragments)[number * 32 + lane];
+}

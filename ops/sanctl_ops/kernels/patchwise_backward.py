@@ -1,0 +1,415 @@
+"""Launches of the CUDA kernels behind patchwise attention's backward pass."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sanctl_ops.attention import Norm
+from sanctl_ops.kernels import patchwise as forward_pass
+from sanctl_ops.kernels import patchwise_plan as plan
+from sanctl_ops.kernels.geometry import WARP
+from sanctl_ops.kernels.patchwise import (
+    FOLD,
+    JOINED_COLUMNS,
+    JOINING,
+    PLANES,
+    THREADS,
+    Parameters,
+    blocks_for,
+    rows_of_sums,
+    template,
+    warps_for,
+)
+from sanctl_ops.kernels.patchwise_plan import Sizes
+from sanctl_ops.kernels.runtime import kernel, launch
+
+# Blocks of patchwise_weight_gradient that run at once on a multiprocessor, about.
+WEIGHT_BLOCKS = 6
+
+
+def join(partials: Tensor, rows: int, sums: Tensor) -> None:
+    """Add up rows of partial sums into `sums`, float64, in a fixed order."""
+    launch(
+        kernel(FOLD, "patchwise_join", torch.float32),
+        sums.device,
+        -(-sums.numel() // JOINED_COLUMNS),
+        THREADS,
+        (partials, sums, rows, np.uint32(sums.numel())),
+        THREADS * 8,
+    )
+
+
+def slopes(
+    sizes: Sizes, grad: Tensor, value: Tensor, rectified: Tensor, turned: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the rectified values' gradients in parts, (WT, N * HW, Cw), and the weights' sums."""
+    tiling = plan.tiling(sizes, plan.bytes_of_slopes)
+    assert tiling is not None
+    parts = sizes.hidden_tiles
+    shared_bytes = plan.bytes_of_slopes(sizes, tiling)
+    blocks = plan.shares_of(
+        sizes.images * tiling.down * tiling.across,
+        -(-plan.resident_blocks(grad.device, shared_bytes) // parts),
+    )
+    gradients = _floats(grad, parts * sizes.images * sizes.pixels * sizes.hidden)
+    rows = 1 if parts == 1 else parts // 2 + 1
+    sums = torch.empty(parts * sizes.taps * rows * 128, dtype=torch.float64, device=grad.device)
+    partials = _floats(grad, blocks * sums.numel())
+    together = 1 if parts == plan.CHANNELS else 2
+    launch(
+        kernel("patchwise_slopes.cu", "patchwise_slopes", grad.dtype, *template(sizes)),
+        grad.device,
+        blocks * parts,
+        -(-tiling.products // together) * WARP,
+        (
+            grad,
+            value,
+            rectified,
+            turned,
+            gradients,
+            partials,
+            plan.shape_argument(sizes, tiling, value=value, grad=grad),
+            blocks,
+        ),
+        shared_bytes,
+    )
+    join(partials, blocks, sums)
+    return gradients, sums
+
+
+def close_second(sizes: Sizes, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the second convolution's weight and bias."""
+    outputs = sizes.hidden * sizes.taps
+    weight = _floats(sums, outputs * sizes.hidden).view(outputs, sizes.hidden)
+    bias = _floats(sums, outputs)
+    launch(
+        kernel(FOLD, "patchwise_close_second", torch.float32),
+        sums.device,
+        blocks_for(weight.numel()),
+        THREADS,
+        (sums, weight, bias, sizes.taps, sizes.hidden, sizes.hidden_tiles, weight.numel()),
+    )
+    return weight, bias
+
+
+def hidden_gradient(
+    sizes: Sizes, gradients: Tensor, hidden: Tensor, rectified: Tensor, norm: Norm, by_batch: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the hidden values' gradients as scaled halves, their scales, and the norm's two."""
+    device, channels = hidden.device, sizes.hidden
+    rows, count = rows_of_sums(sizes), hidden.numel()
+    partials = torch.empty(rows * 4 * channels, dtype=torch.float64, device=device)
+    launch(
+        kernel(PLANES, "patchwise_slopes_of_hidden", torch.float32),
+        device,
+        rows,
+        THREADS,
+        (
+            gradients,
+            hidden,
+            rectified,
+            norm.mean,
+            norm.variance,
+            norm.eps,
+            partials,
+            sizes.hidden_tiles,
+            channels,
+            sizes.hidden_width,
+            np.uint32(count),
+            np.uint32(rows * THREADS),
+        ),
+        THREADS * 8,
+    )
+    weight, bias = hidden.new_empty(channels), hidden.new_empty(channels)
+    factors, scales = hidden.new_empty(3 * channels), hidden.new_empty(2)
+    launch(
+        kernel(PLANES, "patchwise_join_slopes", torch.float32),
+        device,
+        1,
+        JOINING,
+        (
+            partials,
+            norm.mean,
+            norm.variance,
+            norm.weight,
+            norm.eps,
+            weight,
+            bias,
+            factors,
+            scales,
+            channels,
+            rows,
+            float(count // channels if by_batch else 0),
+        ),
+        JOINING * 8,
+    )
+    gradient = torch.empty_like(rectified)
+    pairs = gradient.numel() // 2
+    launch(
+        kernel(PLANES, "patchwise_gradient_of_hidden", torch.float32),
+        device,
+        blocks_for(pairs),
+        THREADS,
+        (
+            gradients,
+            hidden,
+            norm.mean,
+            factors,
+            scales,
+            gradient,
+            channels,
+            sizes.hidden_width,
+            np.uint32(pairs),
+        ),
+    )
+    return gradient, scales, weight, bias
+
+
+def first_sums(
+    sizes: Sizes, query: Tensor, key: Tensor, units: Tensor, affine: Tensor, gradient: Tensor
+) -> Tensor:
+    """Return what `close_first` takes: sums over pixels, for the keys' taps and then the query."""
+    tiles, parts = sizes.relation_tiles, sizes.hidden_tiles
+    of_tap = tiles * 2 * parts * 128
+    sums = torch.empty((sizes.taps + 1) * of_tap, dtype=torch.float64, device=key.device)
+    tiling = plan.tiling(sizes, plan.bytes_of_weight_gradient)
+    assert tiling is not None
+    size, shape = sizes.kernel_size, plan.shape_argument(sizes, tiling, query=query, key=key)
+    most = plan.resident_blocks(key.device, 0) * WEIGHT_BLOCKS // plan.MOST_RESIDENT
+    for image, is_query, rows in ((key, False, size), (query, True, 1)):
+        shares = plan.shares_of(
+            sizes.images * tiling.down * tiling.across, -(-most // (tiles * rows))
+        )
+        out = sums[-of_tap:] if is_query else sums[:-of_tap]
+        # A warp has a tap, or of the query a share of the pixels, of its own.
+        joined = shares * size if is_query else shares
+        partials = _floats(key, joined * out.numel())
+        launch(
+            kernel(
+                "patchwise_weight_gradient.cu",
+                "patchwise_weight_gradient",
+                *(key.dtype, *template(sizes), is_query),
+            ),
+            key.device,
+            tiles * rows * shares,
+            size * WARP,
+            (image, units, affine, gradient, partials, shape, shares),
+            plan.bytes_of_weight_gradient(sizes, tiling),
+        )
+        join(partials, joined, out)
+    return sums
+
+
+def close_first(
+    sizes: Sizes, sums: Tensor, scales: Tensor, weight: Tensor, norm: Norm, by_batch: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of weight1 and norm1, and what the statistics take back of images'."""
+    grad_weight = torch.empty_like(weight)
+    grad_norm, grad_bias = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
+    channels = norm.weight.numel()
+    closing = torch.empty(2 * channels, dtype=torch.float64, device=sums.device)
+    count = float(sizes.images * sizes.pixels if by_batch else 0)
+    launch(
+        kernel(FOLD, "patchwise_close_first", torch.float32),
+        sums.device,
+        blocks_for(channels),
+        THREADS,
+        (
+            sums,
+            scales,
+            weight,
+            norm.mean,
+            norm.variance,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            grad_weight,
+            grad_norm,
+            grad_bias,
+            closing,
+            sizes.relation,
+            sizes.relation_tiles,
+            sizes.taps,
+            sizes.hidden,
+            sizes.hidden_tiles,
+            count,
+        ),
+    )
+    taken = weight.new_empty(2 * (sizes.pixels + 1) * sizes.relation)
+    if by_batch:
+        launch(
+            kernel(FOLD, "patchwise_spread", torch.float32, sizes.kernel_size),
+            sums.device,
+            blocks_for((sizes.pixels + 1) * sizes.relation),
+            THREADS,
+            (closing, taken, sizes.height, sizes.width, sizes.relation),
+        )
+    return grad_weight, grad_norm, grad_bias, taken
+
+
+def fold_first_turned(sizes: Sizes, weight: Tensor, norm: Norm) -> Tensor:
+    """Return the first convolution's transpose, times the relation's scale, for the kernels."""
+    words = (sizes.taps + 1) * 2 * sizes.relation_tiles * WARP * sizes.hidden_tiles
+    fragments = weight.new_empty(2 * words, dtype=torch.float16)
+    launch(
+        kernel(FOLD, "patchwise_fold_first_turned", torch.float32),
+        weight.device,
+        blocks_for(words),
+        THREADS,
+        (
+            weight,
+            norm.mean,
+            norm.variance,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            fragments,
+            sizes.relation,
+            sizes.relation_tiles,
+            sizes.taps,
+            sizes.hidden,
+            sizes.hidden_tiles,
+            words,
+        ),
+    )
+    return fragments
+
+
+def image_gradients(
+    sizes: Sizes,
+    query: Tensor,
+    key: Tensor,
+    factors: tuple[Tensor, Tensor, Tensor],
+    gradient: tuple[Tensor, Tensor],
+    taken: Tensor,
+    by_batch: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of query and key, channels_last.
+
+    Args:
+        sizes: of the layer.
+        query: as the kernels take it.
+        key: the same.
+        factors: the units, the relation's factors, and the first convolution's transpose.
+        gradient: the hidden values', and its scales.
+        taken: what the statistics take back.
+        by_batch: whether they do.
+    """
+    tiling = plan.tiling(sizes, plan.bytes_of_relation_gradient)
+    assert tiling is not None
+    out_query, out = (_channels_last_like(x) for x in (query, key))
+    at_once = {1: 2, 2: 4}.get(sizes.hidden_tiles, 8)
+    parts = -(-2 * sizes.relation_tiles // at_once)
+    shared_bytes = plan.bytes_of_relation_gradient(sizes, tiling)
+    blocks = plan.shares_of(
+        sizes.images * tiling.down * tiling.across,
+        -(-plan.resident_blocks(key.device, shared_bytes) // parts),
+    )
+    pitch = tiling.halo * at_once * 8
+    mirrors = _floats(key, blocks * parts * pitch)
+    launch(
+        kernel(
+            "patchwise_relation_gradient.cu",
+            "patchwise_relation_gradient",
+            *(key.dtype, *template(sizes)),
+        ),
+        key.device,
+        blocks * parts,
+        warps_for(tiling.products) * WARP,
+        (
+            query,
+            key,
+            *factors,
+            *gradient,
+            taken,
+            mirrors,
+            out_query,
+            out,
+            plan.shape_argument(sizes, tiling, query=query, key=key),
+            parts,
+            blocks,
+            pitch,
+            int(by_batch),
+        ),
+        shared_bytes,
+    )
+    return out_query, out
+
+
+def value_gradient(
+    sizes: Sizes, grad: Tensor, rectified: Tensor, second: Tensor, biases: Tensor
+) -> Tensor:
+    """Return the gradient of the values, channels_last."""
+    tiling = plan.tiling(sizes, plan.bytes_of_value_gradient)
+    assert tiling is not None
+    out = _channels_last_like(grad)
+    parts = sizes.hidden_tiles
+    shared_bytes = plan.bytes_of_value_gradient(sizes, tiling)
+    blocks = plan.shares_of(
+        sizes.images * tiling.down * tiling.across,
+        -(-plan.resident_blocks(grad.device, shared_bytes) // parts),
+    )
+    pitch = tiling.halo * plan.VALUES
+    mirrors = _floats(grad, blocks * parts * pitch)
+    launch(
+        kernel(
+            "patchwise_value_gradient.cu",
+            "patchwise_value_gradient",
+            *(grad.dtype, *template(sizes)),
+        ),
+        grad.device,
+        blocks * parts,
+        warps_for(tiling.products) * WARP,
+        (
+            grad,
+            rectified,
+            second,
+            biases,
+            mirrors,
+            out,
+            plan.shape_argument(sizes, tiling, grad=grad),
+            blocks,
+            pitch,
+        ),
+        shared_bytes,
+    )
+    return out
+
+
+def _floats(beside: Tensor, count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.float32, device=beside.device)
+
+
+def _channels_last_like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def backward(
+    sizes: Sizes,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden: Tensor,
+    layer: Parameters,
+    by_batch: tuple[bool, bool],
+) -> tuple[Tensor, ...]:
+    """Return the gradients of query, key and value, channels_last, and of the layer's parameters."""
+    grad, query, key, value = (plan.by_pixels(x) for x in (grad, query, key, value))
+    rectified = forward_pass.rectified(sizes, hidden, layer.norm2)
+    turned, _ = forward_pass.fold_second(sizes, layer.weight2, layer.bias2, turned=True)
+    gradients, sums = slopes(sizes, grad, value, rectified, turned)
+    second = close_second(sizes, sums)
+    gradient, scales, *norm2 = hidden_gradient(
+        sizes, gradients, hidden, rectified, layer.norm2, by_batch[1]
+    )
+    affine, units = forward_pass.fold_relation(sizes, layer.norm1, sharp=True)
+    sums = first_sums(sizes, query, key, units, affine, gradient)
+    weight1, *norm1, taken = close_first(
+        sizes, sums, scales, layer.weight1, layer.norm1, by_batch[0]
+    )
+    factors = (units, affine, fold_first_turned(sizes, layer.weight1, layer.norm1))
+    images = image_gradients(sizes, query, key, factors, (gradient, scales), taken, by_batch[0])
+    folded = forward_pass.fold_second(sizes, layer.weight2, layer.bias2)
+    grad_value = value_gradient(sizes, grad, rectified, *folded)
+    return *images, grad_value, *norm1, weight1, *norm2, *second

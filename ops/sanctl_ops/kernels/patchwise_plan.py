@@ -1,0 +1,246 @@
+"""How the kernels of patchwise attention deal out their work, and which tensors they take."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sanctl_ops.kernels.geometry import SAME_KERNEL_SIZES, VECTOR_BYTES, WARP, structure
+from sanctl_ops.kernels.runtime import MOST_SHARED_BYTES
+
+# As struct Shape in patchwise.cuh.
+SHAPE = np.dtype(
+    [
+        (name, np.int32)
+        for name in (
+            *("images", "height", "width", "down", "across", "relation", "hidden", "share"),
+            *("relation_tiles", "query_pitch", "key_pitch", "value_pitch", "grad_pitch"),
+            *("relation_vector", "value_vector"),
+        )
+    ]
+)
+DTYPES = (torch.float16, torch.bfloat16)
+# As in patchwise.cuh.
+PIXELS, CHANNELS, SHARE = 16, 8, 8
+VALUES = CHANNELS * SHARE
+MOST_HIDDEN = 64
+MOST_SIDE = 14
+# A warp that makes one product at once instead of two has more of them to make in a block.
+MOST_SIDE_OF_WIDEST = 11
+MOST_RESIDENT = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the layout of all work follows from.
+
+    Attributes:
+        images: N.
+        height: H.
+        width: W.
+        relation: channels of query and key.
+        hidden: Cw.
+        share: value channels that share a weight.
+        kernel_size: K.
+    """
+
+    images: int
+    height: int
+    width: int
+    relation: int
+    hidden: int
+    share: int
+    kernel_size: int
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of an image."""
+        return self.height * self.width
+
+    @property
+    def taps(self) -> int:
+        """Taps of a window."""
+        return self.kernel_size**2
+
+    @property
+    def relation_tiles(self) -> int:
+        """Tiles of 16 relation channels."""
+        return -(-self.relation // PIXELS)
+
+    @property
+    def hidden_tiles(self) -> int:
+        """Tiles of 8 hidden channels: the template parameter WT, a power of two."""
+        return 1 << (-(-self.hidden // CHANNELS) - 1).bit_length()
+
+    @property
+    def hidden_width(self) -> int:
+        """Hidden channels, filled up to whole tiles."""
+        return self.hidden_tiles * CHANNELS
+
+    @property
+    def hidden_pitch(self) -> int:
+        """Elements between pixels of staged hidden values, HIDDEN_PITCH in patchwise.cuh."""
+        return CHANNELS if self.hidden_tiles == 1 else self.hidden_width + 8
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tiles of an image: so many down and across, of at most `rows` x `columns` pixels."""
+
+    down: int
+    across: int
+    rows: int
+    columns: int
+    radius: int
+
+    @property
+    def halo(self) -> int:
+        """Pixels of a tile with those around it."""
+        return (self.rows + 2 * self.radius) * (self.columns + 2 * self.radius)
+
+    @property
+    def products(self) -> int:
+        """Products of 16 pixels."""
+        return -(-self.rows * self.columns // PIXELS)
+
+
+Bytes = Callable[[Sizes, Tiling], int]
+
+
+def bytes_of_hidden(sizes: Sizes, tiling: Tiling) -> int:
+    """Return the shared memory of patchwise_hidden."""
+    return tiling.halo * (sizes.relation_tiles * PIXELS + 8) * 2
+
+
+def bytes_of_attend(sizes: Sizes, tiling: Tiling) -> int:
+    """Return the shared memory of patchwise_attend."""
+    return tiling.halo * (VALUES + 8) * 2
+
+
+def bytes_of_slopes(sizes: Sizes, tiling: Tiling) -> int:
+    """Return the shared memory of patchwise_slopes."""
+    pixels = tiling.products * PIXELS
+    slopes = sizes.kernel_size * pixels * CHANNELS
+    return bytes_of_attend(sizes, tiling) + (slopes + pixels * sizes.hidden_pitch) * 2 + WARP * 4
+
+
+def bytes_of_value_gradient(sizes: Sizes, tiling: Tiling) -> int:
+    """Return the shared memory of patchwise_value_gradient."""
+    return tiling.halo * (VALUES + 8 + sizes.hidden_pitch) * 2
+
+
+def bytes_of_relation_gradient(sizes: Sizes, tiling: Tiling) -> int:
+    """Return the shared memory of patchwise_relation_gradient."""
+    return tiling.halo * sizes.hidden_pitch * 2
+
+
+def bytes_of_weight_gradient(sizes: Sizes, tiling: Tiling) -> int:
+    """Return the shared memory of patchwise_weight_gradient."""
+    pixels = tiling.products * PIXELS
+    keys = tiling.rows * (tiling.columns + 2 * tiling.radius) * (PIXELS + 8)
+    return (keys + pixels * sizes.hidden_pitch) * 2 + pixels * 4
+
+
+@cache
+def tiling(sizes: Sizes, needed: Bytes) -> Tiling | None:
+    """Return the largest tiles that fit into shared memory, or None where none do."""
+    radius = sizes.kernel_size // 2
+    most = MOST_SIDE_OF_WIDEST if sizes.hidden_tiles == CHANNELS else MOST_SIDE
+    for side in range(most, radius, -1):
+        down, across = -(-sizes.height // side), -(-sizes.width // side)
+        # What lies beyond a border mirrors pixels of the tile there.
+        if min(sizes.height // down, sizes.width // across) <= radius:
+            continue
+        found = Tiling(down, across, -(-sizes.height // down), -(-sizes.width // across), radius)
+        if needed(sizes, found) <= MOST_SHARED_BYTES:
+            return found
+    return None
+
+
+def obstacle(
+    dtype: torch.dtype, sizes: Sizes, needed: tuple[Bytes, ...] = (bytes_of_slopes, bytes_of_hidden)
+) -> str | None:
+    """Return why the kernels do not take such tensors, or None if they do."""
+    if dtype not in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        return f"the kernels of patchwise attention take float16 and bfloat16, not {name}"
+    if sizes.kernel_size not in SAME_KERNEL_SIZES:
+        return f"the kernels of patchwise attention take 3, 5 and 7 taps, not {sizes.kernel_size}"
+    if sizes.hidden > MOST_HIDDEN or sizes.share > SHARE:
+        return (
+            f"the kernels of patchwise attention take {MOST_HIDDEN} weight channels, shared by "
+            f"{SHARE} value channels each, not {sizes.hidden} shared by {sizes.share}"
+        )
+    needed = (*needed, bytes_of_value_gradient)
+    if any(tiling(sizes, one) is None for one in needed):
+        return f"{sizes.relation} relation channels do not fit into shared memory"
+    return None
+
+
+def shape_argument(
+    sizes: Sizes,
+    tiles: Tiling,
+    query: Tensor | None = None,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    grad: Tensor | None = None,
+) -> np.ndarray:
+    """Return struct Shape; the images that a kernel reads are as `by_pixels` returns them."""
+    images = (query, key, value, grad)
+    pitches = tuple(0 if x is None else x.stride(3) for x in images)
+    relation = _vector(sizes.relation, *(x for x in images[:2] if x is not None))
+    values = _vector(sizes.hidden, *(x for x in images[2:] if x is not None))
+    return _shape(sizes, tiles, pitches, relation, values)
+
+
+@cache
+def _shape(
+    sizes: Sizes, tiles: Tiling, pitches: tuple[int, ...], relation: int, values: int
+) -> np.ndarray:
+    sides = (sizes.images, sizes.height, sizes.width, tiles.down, tiles.across)
+    channels = (sizes.relation, sizes.hidden, sizes.share, sizes.relation_tiles)
+    return structure((*sides, *channels, *pitches, relation, values), SHAPE)
+
+
+def _vector(channels: int, *images: Tensor) -> int:
+    """Return how many channels one access may move: 8, 2 or 1."""
+    for vector in (8, 2):
+        aligned = all(
+            x.stride(3) % vector == 0 and x.data_ptr() % (vector * x.itemsize) == 0 for x in images
+        )
+        if channels % vector == 0 and aligned and vector * 2 <= VECTOR_BYTES:
+            return vector
+    return 1
+
+
+def by_pixels(x: Tensor) -> Tensor:
+    """Return an image whose channels lie side by side, and whose pixels lie evenly apart."""
+    _, _, height, width = x.shape
+    pitch = x.stride(3)
+    even = (x.stride(0) == height * width * pitch or x.shape[0] == 1, x.stride(2) == width * pitch)
+    if x.stride(1) == 1 and all(even):
+        return x
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def shares_of(tasks: int, most: int) -> int:
+    """Return among how many blocks, at most `most`, to deal out tasks so that all have like many."""
+    each = -(-tasks // max(1, min(most, tasks)))
+    return -(-tasks // each)
+
+
+def resident_blocks(device: torch.device, shared_bytes: int) -> int:
+    """Return about how many blocks with so much shared memory run at once."""
+    return _multiprocessors(device) * max(
+        1, min(MOST_RESIDENT, 2 * MOST_SHARED_BYTES // max(shared_bytes, 1))
+    )
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

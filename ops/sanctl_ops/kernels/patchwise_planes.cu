@@ -1,0 +1,237 @@
+// What patchwise attention does to planes: moments of images and of hidden values, and the second
+// normalisation in both directions. Sums are kept in double and joined in a fixed order.
+#include "patchwise.cuh"
+
+constexpr int THREADS = 256;
+constexpr int JOINING = 1024;  // threads that join the blocks' sums
+
+// Sums over images and summed squares of every element of an image, less its channel's first value:
+// partials[(share * 2 + moment) * elements + pixel * channels + c], images being dealt out to shares.
+template <typename T>
+__global__ void __launch_bounds__(THREADS)
+    patchwise_image_moments(const T* image, double* partials, int images, int pixels, int channels,
+                            int pitch, int shares) {
+    const int elements = pixels * channels;
+    const int index = blockIdx.x * blockDim.x + threadIdx.x;
+    const int share = index / elements, element = index % elements;
+    if (share >= shares) return;
+    const int channel = element % channels;
+    const long long step = static_cast<long long>(pixels) * pitch;
+    const T* from = image + element / channels * pitch + channel;
+    const double pivot = widen(image[channel]);
+    double sum = 0, squares = 0;
+#pragma unroll 4
+    for (int n = share; n < images; n += shares) {
+        const double x = widen(from[n * step]) - pivot;
+        sum += x;
+        squares += x * x;
+    }
+    partials[2 * share * elements + element] = sum;
+    partials[(2 * share + 1) * elements + element] = squares;
+}
+
+// Joins `rows` x `columns` values: column t is thread t's.
+template <typename Join>
+__device__ inline double join_rows(const double* values, int rows, int columns, Join join) {
+    extern __shared__ double shared[];
+    const int lanes = blockDim.x / columns, row = threadIdx.x / columns;
+    double own = 0;
+    if (row < lanes)
+        for (int r = row; r < rows; r += lanes)
+            own = join(own, values[r * columns + threadIdx.x % columns]);
+    shared[threadIdx.x] = own;
+    __syncthreads();
+    double joined = 0;
+    if (threadIdx.x < columns)
+        for (int lane = 0; lane < lanes; ++lane)
+            joined = join(joined, shared[lane * columns + threadIdx.x]);
+    __syncthreads();
+    return joined;
+}
+
+// What a block's threads hold for N columns of their channel, as the block's row of `partials`: all
+// channels of the first column, then of the second. Thread i of the grid has channel i % channels.
+template <int N, typename Join>
+__device__ inline void write_row(const double (&own)[N], double* partials, int channels, Join join) {
+    extern __shared__ double shared[];
+    const int begin = blockIdx.x * blockDim.x % channels;
+    for (int k = 0; k < N; ++k) {
+        __syncthreads();
+        shared[threadIdx.x] = own[k];
+        __syncthreads();
+        const int channel = threadIdx.x;
+        if (channel >= channels) continue;
+        double sum = 0;
+        for (int t = (channel - begin + channels) % channels; t < blockDim.x; t += channels)
+            sum = join(k, sum, shared[t]);
+        partials[(blockIdx.x * N + k) * channels + channel] = sum;
+    }
+}
+
+__device__ inline double added(double a, double b) { return a + b; }
+
+// Sums and summed squares of the hidden values that a block takes; `step` threads in all, a multiple of
+// the channels.
+template <typename T>
+__global__ void __launch_bounds__(THREADS)
+    patchwise_moments(const T* hidden, double* partials, int channels, unsigned count,
+                      unsigned step) {
+    double own[2] = {};
+#pragma unroll 4
+    for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
+        const double x = hidden[i];
+        own[0] += x;
+        own[1] += x * x;
+    }
+    write_row(own, partials, channels, [](int, double a, double b) { return a + b; });
+}
+
+// One block joins them to means and biased variances.
+template <typename T>
+__global__ void __launch_bounds__(JOINING)
+    patchwise_join_moments(const double* partials, T* mean, T* variance, int channels, int rows,
+                           double count) {
+    extern __shared__ double shared[];
+    const double sum = join_rows(partials, rows, 2 * channels, added);
+    const int channel = threadIdx.x;
+    __syncthreads();
+    if (channel < 2 * channels) shared[channel] = sum / count;
+    __syncthreads();
+    if (channel >= channels) return;
+    const double own = shared[channel], squares = shared[channels + channel];
+    mean[channel] = own;
+    variance[channel] = max(squares - own * own, 0.0);
+}
+
+// The second normalisation of one channel: scale * (x - mean) + bias.
+struct Line {
+    float mean, deviation, scale, bias;
+
+    template <typename T>
+    __device__ Line(const T* means, const T* variances, const T* weights, const T* biases, double eps,
+                    int channel)
+        : mean(means[channel]),
+          deviation(static_cast<float>(1 / sqrt(variances[channel] + eps))),
+          scale(weights[channel] * deviation),
+          bias(biases[channel]) {}
+};
+
+// Normalised and rectified hidden values as halves, `width` channels, two by a thread; zeros beyond
+// `channels`.
+template <typename T>
+__global__ void __launch_bounds__(THREADS)
+    patchwise_rectify(const T* hidden, const T* mean, const T* variance, const T* weight,
+                      const T* bias, double eps, Half* rectified, int channels, int width,
+                      unsigned pairs) {
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= pairs) return;
+    const unsigned pixel = i / (width / 2);
+    float values[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        const int channel = i % (width / 2) * 2 + e;
+        if (channel < channels) {
+            const Line line(mean, variance, weight, bias, eps, channel);
+            const float x = hidden[static_cast<long long>(pixel) * channels + channel];
+            values[e] = (x - line.mean) * line.scale + line.bias;
+            // A NaN stays one.
+            values[e] = values[e] < 0 ? 0 : values[e];
+        } else {
+            values[e] = 0;
+        }
+    }
+    reinterpret_cast<unsigned*>(rectified)[i] = pack_halves(values[0], values[1]);
+}
+
+// Adds up the `parts` gradients of rectified values, keeps what lies where these were above zero, in the
+// first part, and joins four columns: its sums, those of its products with normalised values, and the
+// largest of either.
+template <typename T>
+__global__ void __launch_bounds__(THREADS)
+    patchwise_slopes_of_hidden(T* gradients, const T* hidden, const Half* rectified, const T* mean,
+                               const T* variance, double eps, double* partials, int parts,
+                               int channels, int width, unsigned count, unsigned step) {
+    const unsigned first = blockIdx.x * blockDim.x + threadIdx.x;
+    const int channel = first % channels;
+    const float deviation = static_cast<float>(1 / sqrt(variance[channel] + eps));
+    double own[4] = {};
+#pragma unroll 2
+    for (unsigned i = first; i < count; i += step) {
+        float gradient = 0;
+        for (int part = 0; part < parts; ++part)
+            gradient += gradients[static_cast<long long>(part) * count + i];
+        const Half h = rectified[static_cast<long long>(i / channels) * width + channel];
+        gradient = h.bits == 0 ? 0 : gradient;
+        gradients[i] = gradient;
+        const float normalised = (hidden[i] - mean[channel]) * deviation;
+        own[0] += gradient;
+        own[1] += static_cast<double>(gradient) * normalised;
+        own[2] = max(own[2], static_cast<double>(fabsf(gradient)));
+        own[3] = max(own[3], static_cast<double>(fabsf(normalised)));
+    }
+    write_row(own, partials, channels,
+              [](int k, double a, double b) { return k < 2 ? a + b : max(a, b); });
+}
+
+// One block joins them to the gradients of weight and bias, to factors[0..2] of every channel, for
+// which factor 0 * slope + factor 1 + factor 2 * (x - mean) is the gradient of a hidden value x, and to
+// a power of two by which these fit halves, with its inverse. `count` is 0 for running statistics.
+template <typename T>
+__global__ void __launch_bounds__(JOINING)
+    patchwise_join_slopes(const double* partials, const T* mean, const T* variance, const T* weight,
+                          double eps, T* grad_weight, T* grad_bias, T* factors, T* scales,
+                          int channels, int rows, double count) {
+    extern __shared__ double shared[];
+    // A column is read as if it were its own table: rows of all four lie behind each other.
+    const double sum = join_rows(partials, rows, 4 * channels, added);
+    const double most =
+        join_rows(partials, rows, 4 * channels, [](double a, double b) { return max(a, b); });
+    const int thread = threadIdx.x;
+    __syncthreads();
+    if (thread < 4 * channels) shared[thread] = thread < 2 * channels ? sum : most;
+    __syncthreads();
+    double bound = 0;
+    if (thread < channels) {
+        const double deviation = 1 / sqrt(variance[thread] + eps), scale = weight[thread] * deviation;
+        const double slope = shared[thread], product = shared[channels + thread];
+        const double shift = count == 0 ? 0 : -slope / count;
+        const double tilt = count == 0 ? 0 : -product / count;
+        grad_bias[thread] = slope;
+        grad_weight[thread] = product;
+        factors[thread] = scale;
+        factors[channels + thread] = scale * shift;
+        factors[2 * channels + thread] = scale * tilt * deviation;
+        bound = fabs(scale) * (shared[2 * channels + thread] + fabs(shift) +
+                               fabs(tilt) * shared[3 * channels + thread]);
+    }
+    __syncthreads();
+    shared[thread] = bound;
+    __syncthreads();
+    if (thread > 0) return;
+    for (int c = 1; c < channels; ++c) bound = max(bound, shared[c]);
+    float scale, inverse;
+    scale_of(bound, scale, inverse);
+    scales[0] = scale;
+    scales[1] = inverse;
+}
+
+// The gradient of hidden values, scaled, as halves like those of patchwise_rectify.
+template <typename T>
+__global__ void __launch_bounds__(THREADS)
+    patchwise_gradient_of_hidden(const T* slopes, const T* hidden, const T* mean, const T* factors,
+                                 const T* scales, Half* gradient, int channels, int width,
+                                 unsigned pairs) {
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= pairs) return;
+    const long long before = static_cast<long long>(i / (width / 2)) * channels;
+    float values[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        const int c = i % (width / 2) * 2 + e;
+        values[e] = c < channels ? factors[c] * slopes[before + c] + factors[channels + c] +
+                                       factors[2 * channels + c] * (hidden[before + c] - mean[c])
+                                 : 0;
+    }
+    reinterpret_cast<unsigned*>(gradient)[i] =
+        pack_halves(values[0] * scales[0], values[1] * scales[0]);
+}

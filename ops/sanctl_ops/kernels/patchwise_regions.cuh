@@ -1,0 +1,77 @@
+// Gradients of what windows read, gathered where it lies: nothing is scattered, there are no atomics, and
+// two runs give the same bits.
+//
+// What windows read beyond the image mirrors pixels of the tile at that border. A block first computes
+// what these positions get, which comes from few taps, and adds it to the pixels that they mirror.
+#pragma once
+
+#include "patchwise.cuh"
+
+// One of the nine parts of a tile with what lies beyond the image around it, and the taps by which
+// windows in the image read it.
+struct Region {
+    static constexpr int ALL = 9, MIDDLE = 4;
+    int top, left, rows, columns;  // the first two relative to the tile
+    int first_dy, last_dy, first_dx, last_dx;
+    int staged_columns, radius;
+
+    __device__ Region(const Shape& shape, const Tile& tile, int number, int radius)
+        : staged_columns(tile.columns + 2 * radius), radius(radius) {
+        side(number / 3, radius, tile.rows, tile.top == 0, tile.top + tile.rows == shape.height, top,
+             rows, first_dy, last_dy);
+        side(number % 3, radius, tile.columns, tile.left == 0,
+             tile.left + tile.columns == shape.width, left, columns, first_dx, last_dx);
+    }
+
+    __device__ int count() const { return rows * columns; }
+    __device__ int products() const { return (count() + PIXELS - 1) / PIXELS; }
+
+    // Where the window lies that reads position i by tap (0, 0), in a tile staged with its halo.
+    __device__ int window(int i) const {
+        return place(i) + radius * staged_columns + radius;
+    }
+
+    // Position i among those of the tile and its halo; for one beyond the last, the last.
+    __device__ int place(int i) const {
+        i = min(i, count() - 1);
+        return (top + i / columns + radius) * staged_columns + left + i % columns + radius;
+    }
+
+  private:
+    static __device__ void side(int part, int radius, int length, bool at_start, bool at_end,
+                                int& start, int& extent, int& first, int& last) {
+        start = part == 0 ? -radius : part == 1 ? 0 : length;
+        extent = part == 1 ? length : (part == 0 ? at_start : at_end) ? radius : 0;
+        first = part == 2 ? radius + 1 : 0;
+        last = part == 0 ? radius - 1 : 2 * radius;
+    }
+};
+
+// Hands the places of all positions beyond the image that mirror pixel i of the tile to visit(place).
+template <typename Visit>
+__device__ inline void visit_mirrored(const Shape& shape, const Tile& tile, int radius, int i,
+                                      Visit visit) {
+    const int y = i / tile.columns, x = i % tile.columns, pitch = tile.columns + 2 * radius;
+#pragma unroll 1
+    for (int which = 1; which < 9; ++which) {
+        int row, column;
+        const bool exists =
+            image<true>(tile.top + y, shape.height, radius, which / 3, row) &&
+            image<true>(tile.left + x, shape.width, radius, which % 3, column);
+        if (exists) visit((row - tile.top + radius) * pitch + column - tile.left + radius);
+    }
+}
+
+// Lets the block's warps share the products of all regions but the middle one.
+template <typename Compute>
+__device__ inline void compute_mirrors(const Shape& shape, const Tile& tile, int radius,
+                                       Compute compute) {
+    int product = threadIdx.x / 32;
+    for (int number = 0; number < Region::ALL; ++number) {
+        if (number == Region::MIDDLE) continue;
+        const Region region(shape, tile, number, radius);
+        for (; product < region.products(); product += blockDim.x / 32) compute(region, product);
+        product -= region.products();
+    }
+    __syncthreads();
+}
