@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sanctl_ops import batch_norm_relu
+from sanctl_ops import Norm, batch_norm_relu
 
 
 def normalise_relu(batch_norm: nn.Module, x: Tensor) -> Tensor:
@@ -33,28 +33,52 @@ def normalise_relu_by_operator(batch_norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         x: (N, C, H, W), with at least 2 values per channel.
     """
     out, mean, variance = batch_norm_relu(x, batch_norm.weight, batch_norm.bias, batch_norm.eps)
-    if batch_norm.training and batch_norm.track_running_stats:
-        count = x.numel() // x.shape[1]
-        _update_running_statistics(batch_norm, mean, variance * (count / (count - 1)))
+    update_running_statistics(batch_norm, mean, variance, x.numel() // x.shape[1])
     return out
 
 
+def norm_argument(batch_norm: nn.BatchNorm2d) -> Norm:
+    """Return how the fused operators take a normalisation that has weight and bias."""
+    by_batch = normalises_by_batch(batch_norm)
+    mean, variance = (None, None) if by_batch else (batch_norm.running_mean, batch_norm.running_var)
+    return Norm(batch_norm.weight, batch_norm.bias, mean, variance, batch_norm.eps)
+
+
+def normalises_by_batch(batch_norm: nn.BatchNorm2d) -> bool:
+    """Tell whether the statistics are those of the batch, not the running ones."""
+    return batch_norm.training or batch_norm.running_mean is None
+
+
 def _is_for_the_operator(batch_norm: nn.BatchNorm2d, x: Tensor) -> bool:
-    by_batch = batch_norm.training or batch_norm.running_mean is None
-    affine = batch_norm.weight is not None and batch_norm.bias is not None
     # The module itself knows what to do with, or say to, channels of one value or none.
-    return by_batch and affine and x.is_contiguous() and x.numel() > x.shape[1]
+    plain = normalises_by_batch(batch_norm) and is_affine(batch_norm)
+    return plain and x.is_contiguous() and x.numel() > x.shape[1]
+
+
+def is_affine(batch_norm: nn.BatchNorm2d) -> bool:
+    """Tell whether it has weight and bias."""
+    return batch_norm.weight is not None and batch_norm.bias is not None
 
 
 @torch.no_grad()
-def _update_running_statistics(batch_norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
-    """Take over a share of the batch's mean and unbiased variance, as nn.BatchNorm2d does."""
+def update_running_statistics(
+    batch_norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int
+) -> None:
+    """Take over a share of a batch's statistics while training, as nn.BatchNorm2d does.
+
+    Args:
+        batch_norm: of C channels.
+        mean: (C,).
+        variance: (C,), biased.
+        count: values per channel that they are of, at least 2.
+    """
     running_mean, running_var = batch_norm.running_mean, batch_norm.running_var
     seen, momentum = batch_norm.num_batches_tracked, batch_norm.momentum
-    if running_mean is None or running_var is None or seen is None:
+    if not batch_norm.training or running_mean is None or running_var is None or seen is None:
         return
     seen.add_(1)
     # Without a momentum, the average is a cumulative one.
     share = seen.to(running_mean.dtype).reciprocal() if momentum is None else momentum
+    unbiased = variance * (count / (count - 1))
     running_mean.lerp_(mean.to(running_mean.dtype), share)
-    running_var.lerp_(variance.to(running_var.dtype), share)
+    running_var.lerp_(unbiased.to(running_var.dtype), share)

@@ -4,8 +4,22 @@ import torch
 from torch import Tensor, nn
 
 from sanctl_models.checks import check_choice, check_kernel, check_width
-from sanctl_models.normalise import normalise_relu
-from sanctl_ops import aggregation, concatenation, subtraction2
+from sanctl_models.fusion import requested_attention
+from sanctl_models.normalise import (
+    is_affine,
+    norm_argument,
+    normalise_relu,
+    update_running_statistics,
+)
+from sanctl_ops import (
+    aggregation,
+    concatenation,
+    pairwise_attention,
+    pairwise_attention_obstacle,
+    patchwise_attention,
+    patchwise_attention_obstacle,
+    subtraction2,
+)
 
 PAIRWISE, PATCHWISE = 0, 1
 
@@ -60,6 +74,8 @@ class SAM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, out_planes, H, W) for x (N, in_planes, H, W); H and W exceed K // 2."""
         query, key, value = self.conv1(x), self.conv2(x), self.conv3(x)
+        if self._is_fused(query, value):
+            return self._fused(query, key, value)
         if self.sa_type == PAIRWISE:
             weights = self._pairwise_weights(query, key)
         else:
@@ -67,6 +83,50 @@ class SAM(nn.Module):
         # Autocast computes softmax in float32, and the operator takes one dtype.
         weights = weights.to(value.dtype)
         return aggregation(value, weights, self.kernel_size, padding=self.padding)
+
+    def fusing_obstacle(self, query: Tensor, value: Tensor) -> str | None:
+        """Say why all of attention is not one operator's kernels in mode "auto"; None if it is.
+
+        Args:
+            query: (N, rel_planes, H, W).
+            value: (N, out_planes, H, W).
+        """
+        for norm in (self.conv_w[0], self.conv_w[3]):
+            if type(norm) is not nn.BatchNorm2d or not is_affine(norm):
+                return f"{type(norm).__name__} is not a plain BatchNorm2d with weight and bias"
+        if self.sa_type == PAIRWISE:
+            shared = self.conv_w[5].out_channels
+            return pairwise_attention_obstacle(query, value, shared, self.kernel_size)
+        shared = self.conv_w[2].out_channels
+        return patchwise_attention_obstacle(query, value, shared, self.kernel_size)
+
+    def _is_fused(self, query: Tensor, value: Tensor) -> bool:
+        mode = requested_attention()
+        if mode == "auto":
+            return query.is_cuda and self.fusing_obstacle(query, value) is None
+        return mode == "fused"
+
+    def _fused(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return what `forward` does by one operator."""
+        norm1, conv1, norm2, conv2 = (self.conv_w[i] for i in (0, 2, 3, 5))
+        layers = (
+            norm_argument(norm1),
+            conv1.weight.flatten(1),
+            norm_argument(norm2),
+            conv2.weight.flatten(1),
+            conv2.bias,
+            self.kernel_size,
+        )
+        count = query.numel() // query.shape[1]
+        if self.sa_type == PAIRWISE:
+            position = self.conv_p(position_map(query))
+            attention = pairwise_attention(query, key, value, position, *layers)
+            count *= self.kernel_size**2
+        else:
+            attention = patchwise_attention(query, key, value, *layers)
+        update_running_statistics(norm1, attention.mean1, attention.variance1, count)
+        update_running_statistics(norm2, attention.mean2, attention.variance2, count)
+        return attention.out
 
     def _pairwise_weights(self, query: Tensor, key: Tensor) -> Tensor:
         """Return softmax weights, (N, weight_planes, K*K, H*W)."""

@@ -19,8 +19,8 @@ from sanctl_ops.backend import (
 )
 from sanctl_ops.batch_norm_relu import batch_norm_relu
 from sanctl_ops.concatenation import concatenation
-from sanctl_ops.pairwise import pairwise_attention, pairwise_attention_obstacle
-from sanctl_ops.patchwise_attention import patchwise_attention, patchwise_attention_reason
+from sanctl_ops.pairwise_attention import pairwise_attention, pairwise_attention_obstacle
+from sanctl_ops.patchwise_attention import patchwise_attention, patchwise_attention_obstacle
 from sanctl_ops.subtraction import subtraction
 from sanctl_ops.subtraction2 import subtraction2
 
@@ -36,7 +36,7 @@ __all__ = [
     "pairwise_attention",
     "pairwise_attention_obstacle",
     "patchwise_attention",
-    "patchwise_attention_reason",
+    "patchwise_attention_obstacle",
     "requested_backend",
     "set_backend",
     "subtraction",

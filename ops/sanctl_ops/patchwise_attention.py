@@ -77,7 +77,7 @@ def patchwise_attention(
     return Attention(out, *statistics)
 
 
-def patchwise_attention_reason(
+def patchwise_attention_obstacle(
     query: Tensor, value: Tensor, hidden: int, kernel_size: int
 ) -> str | None:
     """Return why no kernels of its own run `patchwise_attention`, or None where they do.

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sanctl_ops import pairwise_formulas as formulas
 from sanctl_ops.attention import Attention, Norm
-from sanctl_ops.backend import runs_kernels
+from sanctl_ops.backend import choose_backend, runs_kernels
 from sanctl_ops.checks import check_alike, check_dtype, check_image, check_window
 from sanctl_ops.kernels import pairwise as kernels
 from sanctl_ops.kernels.pairwise_launches import Planes, Saved, layout_of, obstacle
@@ -139,14 +139,22 @@ def _window(kernel_size: int) -> Window:
 def pairwise_attention_obstacle(
     query: Tensor, value: Tensor, weight_channels: int, kernel_size: int
 ) -> str | None:
-    """Say why the CUDA kernels cannot take such tensors; None if they can.
+    """Say why no kernels of its own run `pairwise_attention` on such tensors; None if they do.
+
+    Without them the operator is computed by formulas in torch, some images at a time.
 
     Args:
         query: (N, rel, H, W).
         value: (N, C, H, W).
         weight_channels: Cw, the rows of weight2.
         kernel_size: taps per side of the window, K.
+
+    Raises:
+        BackendError: the CuPy kernels are asked for by name and cannot run on query's device.
     """
+    choice = choose_backend(query.device)
+    if choice.name == "torch":
+        return choice.reason
     return obstacle(query, layout_of(query, value, weight_channels, kernel_size))
 
 
