@@ -47,9 +47,7 @@ RELATIONS: list[Parameters] = list(
     itertools.product(pairwise_layout.RELATIONS, pairwise_layout.KERNEL_SIZES)
 )
 VALUES: list[Parameters] = list(
-    itertools.product(
-        pairwise_layout.DTYPES, pairwise_layout.BLOCKS, pairwise_layout.KERNEL_SIZES
-    )
+    itertools.product(pairwise_layout.DTYPES, pairwise_layout.BLOCKS, pairwise_layout.KERNEL_SIZES)
 )
 
 TEMPLATES: dict[str, dict[str, list[Parameters]]] = {

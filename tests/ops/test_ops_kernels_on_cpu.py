@@ -9,6 +9,7 @@ import pytest
 import torch
 from kernels_on_cpu import Launcher
 from op_cases import OPERATORS, Case, laid_out
+from pairwise_oracle import PairwiseCase, distance, draw, fused, gradients, unfused
 
 import sanctl_ops
 from sanctl_ops import kernels
@@ -90,3 +91,27 @@ def test_kernels_compute_what_the_formulas_do(
     rtol, atol = TOLERANCES[dtype]
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=rtol, atol=atol)
+
+
+@pytest.mark.usefixtures("_kernels_on_cpu")
+def test_kernels_of_pairwise_attention(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels are padded, weights repeat in a quad of lanes, and the last pixels fill no warp."""
+    case = PairwiseCase("several slots", 12, 4, 5, 7, 3, layout="channels_last")
+    dtype = torch.bfloat16
+    inputs = draw(case).converted("cpu", dtype, torch.float32)
+    launched = len(launcher.launched)
+    out = fused(inputs).out
+    grad = torch.randn(out.shape).to(dtype)
+    found = {"out": out} | gradients(out, inputs, grad)
+    assert len({kernel.source for kernel in launcher.launched[launched:]}) == 6
+    monkeypatch.undo()
+    exact = inputs.converted("cpu", torch.float64, torch.float64)
+    kept = inputs.converted("cpu", dtype, torch.float32)
+    out, rounded = unfused(exact), unfused(kept, dtype)
+    expected = {"out": out} | gradients(out, exact, grad)
+    autocast = {"out": rounded} | gradients(rounded, kept, grad)
+    del found["bias2"]
+    for name, actual in found.items():
+        apart = distance(actual, expected[name])
+        assert apart < distance(autocast[name], expected[name]) + 2**-9, name
+        assert apart < 0.1, name
