@@ -1,7 +1,7 @@
 """Pairwise attention by its definition, in torch's built-ins, and inputs to hold it against."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -85,14 +85,21 @@ class Inputs:
             return moved(x.detach(), device, dtype).requires_grad_()
 
         def norm(n: Norm) -> Norm:
-            running = (None if x is None else x.to(device, parameters) for x in n[2:4])
-            return Norm(leaf(n.weight, parameters), leaf(n.bias, parameters), *running, n.eps)
+            mean, variance = (None if x is None else x.to(device, parameters) for x in n[2:4])
+            return Norm(leaf(n.weight, parameters), leaf(n.bias, parameters), mean, variance, n.eps)
 
-        names = ("query", "key", "value", "position")
-        changed = {name: leaf(getattr(self, name), planes) for name in names}
-        weights = {n: leaf(getattr(self, n), parameters) for n in ("weight1", "weight2", "bias2")}
-        norms = {"norm1": norm(self.norm1), "norm2": norm(self.norm2)}
-        return replace(self, **changed, **weights, **norms)
+        return Inputs(
+            leaf(self.query, planes),
+            leaf(self.key, planes),
+            leaf(self.value, planes),
+            leaf(self.position, planes),
+            norm(self.norm1),
+            leaf(self.weight1, parameters),
+            norm(self.norm2),
+            leaf(self.weight2, parameters),
+            leaf(self.bias2, parameters),
+            self.kernel_size,
+        )
 
 
 def draw(
@@ -118,8 +125,9 @@ def draw(
 
 def _norm(channels: int, running: bool) -> Norm:
     weight, bias, mean, variance = torch.randn(4, channels, dtype=torch.float64).mul_(0.3)
-    statistics = (mean, variance.abs() + 0.5) if running else (None, None)
-    return Norm(weight + 1, bias, *statistics, EPS)
+    if running:
+        return Norm(weight + 1, bias, mean, variance.abs() + 0.5, EPS)
+    return Norm(weight + 1, bias, None, None, EPS)
 
 
 def fused(inputs: Inputs) -> Attention:

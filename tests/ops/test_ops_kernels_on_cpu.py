@@ -9,6 +9,7 @@ import pytest
 import torch
 from kernels_on_cpu import Launcher
 from op_cases import OPERATORS, Case, laid_out
+from pairwise_oracle import PairwiseCase, distance, draw, fused, gradients, unfused
 from patchwise_cases import Case as PatchwiseCase
 from patchwise_cases import attended, differentiated, distances, expected
 
@@ -113,3 +114,25 @@ def test_patchwise_kernels_agree_with_autograd(
     assert len(launcher.launched) > launched + 20
     # Images are rounded to their type; all else comes of sums of products of halves.
     assert max(far.values()) < (3e-3 if dtype == torch.bfloat16 else 1.5e-3), far
+@pytest.mark.usefixtures("_kernels_on_cpu")
+def test_kernels_of_pairwise_attention(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels are padded, weights repeat in a quad of lanes, and the last pixels fill no warp."""
+    case = PairwiseCase("several slots", 12, 4, 5, 7, 3, layout="channels_last")
+    dtype = torch.bfloat16
+    inputs = draw(case).converted("cpu", dtype, torch.float32)
+    launched = len(launcher.launched)
+    out = fused(inputs).out
+    grad = torch.randn(out.shape).to(dtype)
+    found = {"out": out} | gradients(out, inputs, grad)
+    assert len({kernel.source for kernel in launcher.launched[launched:]}) == 6
+    monkeypatch.undo()
+    exact = inputs.converted("cpu", torch.float64, torch.float64)
+    kept = inputs.converted("cpu", dtype, torch.float32)
+    out, rounded = unfused(exact), unfused(kept, dtype)
+    expected = {"out": out} | gradients(out, exact, grad)
+    autocast = {"out": rounded} | gradients(rounded, kept, grad)
+    del found["bias2"]
+    for name, actual in found.items():
+        apart = distance(actual, expected[name])
+        assert apart < distance(autocast[name], expected[name]) + 2**-9, name
+        assert apart < 0.1, name

@@ -1,5 +1,7 @@
 """Pairwise attention: against autograd through its definition, in every type, size and layout."""
 
+from typing import Any
+
 import pytest
 import torch
 from op_cases import DEVICES
@@ -17,7 +19,12 @@ from pairwise_oracle import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sanctl_ops import Norm, pairwise_attention, pairwise_formulas
+from sanctl_ops import (
+    Norm,
+    pairwise_attention,
+    pairwise_attention_obstacle,
+    pairwise_formulas,
+)
 
 each_device = pytest.mark.parametrize("device", DEVICES)
 each_case = pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
@@ -90,7 +97,45 @@ def test_float32(case: PairwiseCase, device: str) -> None:
 @each_device
 def test_no_further_from_the_truth_than_autocast(spoil, dtype, device: str) -> None:  # type: ignore[no-untyped-def]
     drawn = draw(PLAIN, spoil) if spoil else draw(PLAIN)
-    inputs = drawn.converted(device, dtype, torch.float32)
+    assert_no_further_than_autocast(drawn.converted(device, dtype, torch.float32), dtype)
+
+
+# Those of SAN10, on planes of several tiles, one of them ragged, and others.
+LAYERS = [
+    PairwiseCase("layer0", 4, 2, 57, 66, 3, batch=3, layout="channels_last"),
+    PairwiseCase("layer1", 16, 8, 29, 56, 7, layout="channels_last"),
+    PairwiseCase("layer2", 32, 16, 28, 28, 7, layout="channels_last"),
+    PairwiseCase("layer3", 64, 32, 14, 14, 7, layout="channels_last"),
+    PairwiseCase("layer4", 128, 64, 7, 7, 7, batch=3, layout="channels_last"),
+    PairwiseCase("evaluation", 24, 16, 9, 300, 5, running1=True, running2=True),
+    PairwiseCase("repeated", 12, 4, 4, 7, 7, group=4, batch=5, layout="sliced"),
+]
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=[c.name for c in LAYERS])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_kernels_for_every_layer(case: PairwiseCase, dtype: torch.dtype, device: str) -> None:
+    inputs = draw(case).converted(device, dtype, torch.float32)
+    arguments = (inputs.query, inputs.value, case.shared, case.kernel_size)
+    assert pairwise_attention_obstacle(*arguments) is None
+    assert_no_further_than_autocast(inputs, dtype)
+
+
+def test_obstacles_are_told() -> None:
+    inputs = draw(CASES[0])
+    arguments = (inputs.value, CASES[0].shared)
+    assert "float64" in str(pairwise_attention_obstacle(inputs.query, *arguments, 3))
+    query, value = inputs.query.half(), inputs.value.half()
+    assert pairwise_attention_obstacle(query, value, 2, 3) is None
+    assert "kernel_size" in str(pairwise_attention_obstacle(query, value, 2, 9))
+    assert "16 weight channels" in str(pairwise_attention_obstacle(query, value, 16, 3))
+    assert "share a weight" in str(pairwise_attention_obstacle(query, value[:, :4], 2, 3))
+    wide = torch.zeros(1, 129, 5, 5, dtype=torch.float16)
+    assert "129 channels" in str(pairwise_attention_obstacle(wide, value, 2, 3))
+
+
+def assert_no_further_than_autocast(inputs: Inputs, dtype: torch.dtype) -> None:
     pairs = both(inputs)
     kept = inputs.converted("cpu", dtype, torch.float32)
     out = unfused(kept, dtype)
@@ -197,7 +242,7 @@ def test_flops() -> None:
     assert counts[torch.ops.sanctl.pairwise_attention_backward] == 2 * forward
 
 
-WRONG = {
+WRONG: dict[str, dict[str, Any]] = {
     "query must be": {"query": torch.zeros(4, 4)},
     "key must be": {"key": torch.zeros(2, 4, 7, 7)},
     "value must be": {"value": torch.zeros(2, 16, 7, 7)},
@@ -217,8 +262,9 @@ WRONG = {
 def test_wrong_arguments(message: str) -> None:
     inputs = draw(CASES[0]).converted("cpu", torch.float32, torch.float32)
     arguments = dict(zip(inputs.__dataclass_fields__, inputs.fields(), strict=True))
+    arguments.update(WRONG[message])
     with pytest.raises(ValueError, match=message):
-        pairwise_attention(**(arguments | WRONG[message]))
+        pairwise_attention(**arguments)
 
 
 def test_no_images() -> None:
