@@ -235,7 +235,7 @@ def attend(
         kernel("patchwise_attend.cu", "patchwise_attend", value.dtype, *template(sizes)),
         value.device,
         sizes.images * tiling.down * tiling.across * sizes.hidden_tiles,
-        warps_for(tiling.products) * WARP,
+        warps_for(tiling.paired.products) * WARP,
         (value, rectified, second, biases, out, plan.shape_argument(sizes, tiling, value=value)),
         plan.bytes_of_attend(sizes, tiling),
     )

@@ -60,7 +60,7 @@ def slopes(
         kernel("patchwise_slopes.cu", "patchwise_slopes", grad.dtype, *template(sizes)),
         grad.device,
         blocks * parts,
-        -(-tiling.products // together) * WARP,
+        -(-tiling.paired.products // together) * WARP,
         (
             grad,
             value,
@@ -349,7 +349,7 @@ def value_gradient(
         sizes.images * tiling.down * tiling.across,
         -(-plan.resident_blocks(grad.device, shared_bytes) // parts),
     )
-    pitch = tiling.halo * plan.VALUES
+    pitch = tiling.paired.halo * plan.VALUES
     mirrors = _floats(grad, blocks * parts * pitch)
     launch(
         kernel(
@@ -359,7 +359,7 @@ def value_gradient(
         ),
         grad.device,
         blocks * parts,
-        warps_for(tiling.products) * WARP,
+        warps_for(tiling.paired.products) * WARP,
         (
             grad,
             rectified,
