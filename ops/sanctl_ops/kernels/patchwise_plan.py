@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sanctl_ops.kernels.geometry import SAME_KERNEL_SIZES, VECTOR_BYTES, WARP, structure
+from sanctl_ops.kernels.geometry import SAME_KERNEL_SIZES, VECTOR_BYTES, structure
 from sanctl_ops.kernels.runtime import MOST_SHARED_BYTES
 
 # As struct Shape in patchwise.cuh.
@@ -234,7 +234,7 @@ def by_pixels(x: Tensor) -> Tensor:
 
 
 def shares_of(tasks: int, most: int) -> int:
-    """Return among how many blocks, at most `most`, to deal out tasks so that all have like many."""
+    """Return among how many blocks, at most `most`, to deal out tasks evenly."""
     each = -(-tasks // max(1, min(most, tasks)))
     return -(-tasks // each)
 
