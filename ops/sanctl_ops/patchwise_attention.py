@@ -113,15 +113,16 @@ def _sizes_for_kernels(query: Tensor, value: Tensor, hidden: int, kernel_size: i
     return sizes
 
 
+def _dense(norm: Norm) -> Norm:
+    mean, variance = (None if t is None else t.contiguous() for t in norm[2:4])
+    return Norm(norm.weight.contiguous(), norm.bias.contiguous(), mean, variance, norm.eps)
+
+
 def _parameters(layer: Layer) -> Parameters:
     """Return the layer as the kernels take it."""
     wide = layer.to(torch.float32)
-    norm1, norm2 = (
-        Norm(*(None if t is None else t.contiguous() for t in norm[:4]), norm.eps)
-        for norm in (wide.norm1, wide.norm2)
-    )
-    weights = (t.contiguous() for t in (wide.weight1, wide.weight2, wide.bias2))
-    weight1, weight2, bias2 = weights
+    norm1, norm2 = _dense(wide.norm1), _dense(wide.norm2)
+    weight1, weight2, bias2 = (t.contiguous() for t in (wide.weight1, wide.weight2, wide.bias2))
     return Parameters(norm1, weight1, norm2, weight2, bias2)
 
 

@@ -12,7 +12,6 @@ constexpr int PIXELS = 16;      // of one product
 constexpr int CHANNELS = 8;     // weight channels of one product
 constexpr int SHARE = 8;        // value channels that share a weight, at most
 constexpr int VALUES = CHANNELS * SHARE;
-constexpr int VALUE_PITCH = VALUES + 8;  // staged values of a pixel: neighbours lie in other banks
 constexpr float MOST_HALF = 65504;
 
 // Laid out as SHAPE in patchwise.py.
@@ -29,34 +28,53 @@ struct Shape {
 };
 
 // The rows and columns of an image that a block computes. Tiles differ by one in their sides, so that
-// what lies beyond the borders mirrors pixels of the tile at the border.
+// what lies beyond the borders mirrors pixels of the tile at the border. Where neighbours are taken in
+// pairs, rows are filled up to an even number.
 struct Tile {
     int n, top, left, rows, columns;
+    int filled;  // columns with those that fill up
 
-    __device__ Tile(const Shape& shape, int number) {
+    __device__ Tile(const Shape& shape, int number, bool pairs = false) {
         const int x = number % shape.across, y = number / shape.across % shape.down;
         n = number / shape.tiles();
         top = y * shape.height / shape.down;
         left = x * shape.width / shape.across;
         rows = (y + 1) * shape.height / shape.down - top;
         columns = (x + 1) * shape.width / shape.across - left;
+        filled = pairs ? columns + columns % 2 : columns;
     }
 
-    __device__ int count() const { return rows * columns; }
+    __device__ int count() const { return rows * filled; }
     __device__ int products() const { return (count() + PIXELS - 1) / PIXELS; }
+    __device__ bool exists(int i) const { return i < count() && i % filled < columns; }
 
-    // The pixel of the image that is number i of the tile; for one beyond the last, the last.
+    // The pixel of the image that is number i of the tile; for one that does not exist, another.
     __device__ int pixel(const Shape& shape, int i) const {
         i = min(i, count() - 1);
-        return (top + i / columns) * shape.width + left + i % columns;
+        return (top + i / filled) * shape.width + left + min(i % filled, columns - 1);
     }
 
-    // The place of pixel i in a staged tile with `halo` pixels around.
+    // The place of pixel i in a staged tile with `halo` pixels around; for one beyond the last, that of
+    // another, so that neighbours stay so.
     __device__ int place(int i, int halo) const {
-        i = min(i, count() - 1);
-        return (i / columns + halo) * (columns + 2 * halo) + i % columns + halo;
+        i = i < count() ? i : count() - 2 + i % 2;
+        return (i / filled + halo) * (filled + 2 * halo) + i % filled + halo;
     }
 };
+
+// Where neighbours are taken in pairs, row r of a product is this pixel of it, so that a lane has two
+// neighbours.
+__device__ inline int in_pairs(int row) { return row / 16 * 16 + row % 8 * 2 + row % 16 / 8; }
+
+// The power of two, and its inverse, that takes `bound` to less than 2^MOST, or as far as there is one;
+// NaN for a bound that is not finite.
+template <int MOST>
+__device__ inline void scale_of(float bound, float& scale, float& inverse) {
+    const int exponent = __float_as_uint(bound) >> 23;
+    const int wanted = min(max(253 + MOST - exponent, 1), 253);
+    scale = __uint_as_float(static_cast<unsigned>(wanted) << 23) + (bound - bound);
+    inverse = __uint_as_float(static_cast<unsigned>(254 - wanted) << 23);
+}
 
 // As near to x as a finite half can be; a NaN stays one.
 __device__ inline float within_halves(float x) {
@@ -75,43 +93,6 @@ __device__ inline void load_channels(const T* pixel, int first, int count, int v
     if (vector == 8) return load<8>(pixel + first, values);
 #pragma unroll
     for (int e = 0; e < 8; ++e) values[e] = first + e < count ? widen(pixel[first + e]) : 0.0f;
-}
-
-// The bits of the same channels, two in a word.
-template <typename T>
-__device__ inline Vector<unsigned, 4> load_bits(const T* pixel, int count, int vector) {
-    if (vector == 8) return *reinterpret_cast<const Vector<unsigned, 4>*>(pixel);
-    Vector<unsigned, 4> words;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-        const unsigned low = 2 * e < count ? pixel[2 * e].bits : 0;
-        const unsigned high = 2 * e + 1 < count ? pixel[2 * e + 1].bits : 0;
-        words.at[e] = low | high << 16;
-    }
-    return words;
-}
-
-// The power of two, and its inverse, that takes `bound` to at most 2^15, or as far as there is one.
-__device__ inline void scale_of(float bound, float& scale, float& inverse) {
-    const int exponent = __float_as_uint(bound) >> 23;
-    const int wanted = min(max(268 - exponent, 1), 253);
-    scale = __uint_as_float(static_cast<unsigned>(wanted) << 23);
-    inverse = __uint_as_float(static_cast<unsigned>(254 - wanted) << 23);
-}
-
-template <typename T>
-__device__ inline float first_of(unsigned pair) {
-    return to_float(T{static_cast<unsigned short>(pair)});
-}
-
-template <typename T>
-__device__ inline float second_of(unsigned pair) {
-    return to_float(T{static_cast<unsigned short>(pair >> 16)});
-}
-
-template <>
-__device__ inline float second_of<BFloat16>(unsigned pair) {
-    return __uint_as_float(pair & 0xffff0000);
 }
 
 // Where an image's channels are zero and how large a unit is, as fold_relation found them.
@@ -150,43 +131,11 @@ __device__ inline void stage_relation(Half* to, int pitch, const T* image, int i
     }
 }
 
-// Stages a tile of 16-bit values, or of their gradient, with `halo` pixels around: of `CHANNELS` weight
-// channels from `first` on, the SHARE value channels of each side by side. Around the image there are
-// reflections or zeros.
-template <typename T, bool REFLECT>
-__device__ inline void stage_values(T* to, const T* image, int image_pitch, const Shape& shape,
-                                    const Tile& tile, int halo, int first) {
-    const int columns = tile.columns + 2 * halo, rows = tile.rows + 2 * halo;
-    const int count = shape.hidden - first;
-    for (int i = threadIdx.x; i < rows * columns; i += blockDim.x) {
-        const int y = source<REFLECT>(tile.top - halo + i / columns, shape.height);
-        const int x = source<REFLECT>(tile.left - halo + i % columns, shape.width);
-        const bool exists = y >= 0 && x >= 0;
-        const T* pixel = image + (exists ? static_cast<long long>(y * shape.width + x) : 0) *
-                                     image_pitch + first;
-        Vector<unsigned, 4> from[SHARE];
-#pragma unroll
-        for (int g = 0; g < SHARE; ++g)
-            from[g] = exists && g < shape.share
-                          ? load_bits(pixel + g * shape.hidden, count, shape.value_vector)
-                          : Vector<unsigned, 4>{};
-#pragma unroll
-        for (int w = 0; w < CHANNELS; ++w) {
-            Vector<unsigned, 4> turned;
-#pragma unroll
-            for (int g = 0; g < SHARE; g += 2)
-                turned.at[g / 2] = __byte_perm(from[g].at[w / 2], from[g + 1].at[w / 2],
-                                               w % 2 == 0 ? 0x5410 : 0x7632);
-            *reinterpret_cast<Vector<unsigned, 4>*>(to + i * VALUE_PITCH + w * SHARE) = turned;
-        }
-    }
-}
-
 // Stages halves of `width` channels, already as they are wanted, with `halo` pixels of zeros or of the
 // image around; `pitch` elements apart.
 __device__ inline void stage_halves(Half* to, int pitch, const Half* image, int width,
                                     const Shape& shape, const Tile& tile, int halo) {
-    const int columns = tile.columns + 2 * halo, rows = tile.rows + 2 * halo, chunks = width / 8;
+    const int columns = tile.filled + 2 * halo, rows = tile.rows + 2 * halo, chunks = width / 8;
     for (int i = threadIdx.x; i < rows * columns * chunks; i += blockDim.x) {
         const int place = i / chunks, chunk = i % chunks * 8;
         const int y = source<false>(tile.top - halo + place / columns, shape.height);

@@ -9,32 +9,33 @@ from torch import Tensor
 from sanctl_ops.attention import Norm
 from sanctl_ops.kernels import patchwise_plan as plan
 from sanctl_ops.kernels.geometry import WARP
+from sanctl_ops.kernels.patchwise_fold import (
+    THREADS,
+    Known,
+    blocks_for,
+    fold_first,
+    fold_relation,
+    fold_second,
+)
 from sanctl_ops.kernels.patchwise_plan import Sizes
 from sanctl_ops.kernels.runtime import kernel, launch
 from sanctl_ops.relation_statistics import window_statistics
 
-FOLD, PLANES = "patchwise_fold.cu", "patchwise_planes.cu"
-THREADS = 256
+PLANES = "patchwise_planes.cu"
 JOINING = 1024
-JOINED_COLUMNS = 32
 # Blocks that add up plane-sized tensors.
 BLOCKS = 264
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """The layer's parameters in float32, dense, with known statistics."""
+    """The layer's parameters in float32, dense."""
 
     norm1: Norm
     weight1: Tensor
     norm2: Norm
     weight2: Tensor
     bias2: Tensor
-
-
-def blocks_for(items: int, threads: int = THREADS) -> int:
-    """Return blocks with a thread for every item."""
-    return -(-items // threads)
 
 
 def statistics(sizes: Sizes, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,72 +67,6 @@ def _image_moments(sizes: Sizes, image: Tensor) -> Tensor:
         (image, partials, sizes.images, sizes.pixels, sizes.relation, image.stride(3), shares),
     )
     return partials.sum(0)
-
-
-def fold_relation(sizes: Sizes, norm: Norm, sharp: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the relation's factors, or its signs and thresholds, and its units for the kernels."""
-    count = (sizes.taps + 1) * sizes.relation_tiles * plan.PIXELS
-    affine = norm.weight.new_empty(2 * count, dtype=torch.float16)
-    units = norm.weight.new_empty(4 * sizes.relation_tiles * plan.PIXELS)
-    launch(
-        kernel(FOLD, "patchwise_fold_relation", torch.float32, sharp),
-        affine.device,
-        blocks_for(count),
-        THREADS,
-        (
-            norm.mean,
-            norm.variance,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            affine,
-            units,
-            sizes.relation,
-            sizes.relation_tiles,
-            sizes.taps,
-        ),
-    )
-    return affine, units
-
-
-def fold_first(sizes: Sizes, weight: Tensor) -> Tensor:
-    """Return the first convolution as the kernels take it."""
-    words = (sizes.taps + 1) * sizes.relation_tiles * sizes.hidden_tiles * WARP * 2
-    fragments = weight.new_empty(2 * words, dtype=torch.float16)
-    launch(
-        kernel(FOLD, "patchwise_fold_first", torch.float32),
-        weight.device,
-        blocks_for(words),
-        THREADS,
-        (
-            weight,
-            fragments,
-            sizes.relation,
-            sizes.relation_tiles,
-            sizes.taps,
-            sizes.hidden,
-            sizes.hidden_tiles,
-            words,
-        ),
-    )
-    return fragments
-
-
-def fold_second(
-    sizes: Sizes, weight: Tensor, bias: Tensor, turned: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Return the second convolution, or its transpose, and its bias as the kernels take them."""
-    words = sizes.hidden_tiles * sizes.taps * WARP * sizes.hidden_tiles
-    fragments = weight.new_empty(2 * words, dtype=torch.float16)
-    biases = weight.new_empty(sizes.hidden_tiles * sizes.taps * plan.CHANNELS)
-    launch(
-        kernel(FOLD, "patchwise_fold_second", torch.float32, turned),
-        weight.device,
-        blocks_for(words),
-        THREADS,
-        (weight, bias, fragments, biases, sizes.taps, sizes.hidden, sizes.hidden_tiles, words),
-    )
-    return fragments, biases
 
 
 def hidden_values(
@@ -199,7 +134,7 @@ def hidden_statistics(sizes: Sizes, hidden: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def rectified(sizes: Sizes, hidden: Tensor, norm: Norm) -> Tensor:
+def rectified(sizes: Sizes, hidden: Tensor, norm: Known) -> Tensor:
     """Return hidden values normalised and rectified, as halves, filled up to whole tiles."""
     pixels, width = sizes.images * sizes.pixels, sizes.hidden_width
     out = hidden.new_empty(pixels * width, dtype=torch.float16)
@@ -211,11 +146,7 @@ def rectified(sizes: Sizes, hidden: Tensor, norm: Norm) -> Tensor:
         THREADS,
         (
             hidden,
-            norm.mean,
-            norm.variance,
-            norm.weight,
-            norm.bias,
-            norm.eps,
+            *norm,
             out,
             sizes.hidden,
             width,
@@ -235,7 +166,7 @@ def attend(
         kernel("patchwise_attend.cu", "patchwise_attend", value.dtype, *template(sizes)),
         value.device,
         sizes.images * tiling.down * tiling.across * sizes.hidden_tiles,
-        warps_for(tiling.products) * WARP,
+        warps_for(tiling.paired.products) * WARP,
         (value, rectified, second, biases, out, plan.shape_argument(sizes, tiling, value=value)),
         plan.bytes_of_attend(sizes, tiling),
     )
@@ -251,22 +182,25 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the output, channels_last, the four statistics, and the hidden values."""
     query, key, value = (plan.by_pixels(x) for x in (query, key, value))
-    norm1, norm2 = layer.norm1, layer.norm2
-    if norm1.mean is None:
-        mean, variance = statistics(sizes, query, key)
-        norm1 = norm1._replace(mean=mean, variance=variance)
+    norm1 = known(layer.norm1) or with_statistics(layer.norm1, *statistics(sizes, query, key))
     affine, units = fold_relation(sizes, norm1)
     hidden = hidden_values(sizes, query, key, affine, units, fold_first(sizes, layer.weight1))
-    if norm2.mean is None:
-        mean, variance = hidden_statistics(sizes, hidden)
-        norm2 = norm2._replace(mean=mean, variance=variance)
+    norm2 = known(layer.norm2) or with_statistics(layer.norm2, *hidden_statistics(sizes, hidden))
     out = torch.empty(
         value.shape, dtype=value.dtype, device=value.device, memory_format=torch.channels_last
     )
     second = fold_second(sizes, layer.weight2, layer.bias2)
     attend(sizes, value, rectified(sizes, hidden, norm2), *second, out)
-    assert norm1.mean is not None
-    assert norm1.variance is not None
-    assert norm2.mean is not None
-    assert norm2.variance is not None
-    return out, norm1.mean, norm1.variance, norm2.mean, norm2.variance, hidden
+    return out, *norm1[:2], *norm2[:2], hidden
+
+
+def known(norm: Norm) -> Known | None:
+    """Return a normalisation by running statistics as kernels take it, or None."""
+    if norm.mean is None or norm.variance is None:
+        return None
+    return with_statistics(norm, norm.mean, norm.variance)
+
+
+def with_statistics(norm: Norm, mean: Tensor, variance: Tensor) -> Known:
+    """Return a normalisation by these statistics."""
+    return Known(mean, variance, norm.weight, norm.bias, norm.eps)

@@ -4,39 +4,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sanctl_ops.attention import Norm
 from sanctl_ops.kernels import patchwise as forward_pass
 from sanctl_ops.kernels import patchwise_plan as plan
 from sanctl_ops.kernels.geometry import WARP
 from sanctl_ops.kernels.patchwise import (
-    FOLD,
-    JOINED_COLUMNS,
     JOINING,
     PLANES,
-    THREADS,
     Parameters,
-    blocks_for,
     rows_of_sums,
     template,
     warps_for,
+)
+from sanctl_ops.kernels.patchwise_fold import (
+    THREADS,
+    Known,
+    blocks_for,
+    close_first,
+    close_second,
+    floats,
+    fold_first_turned,
+    fold_relation,
+    fold_second,
+    join,
 )
 from sanctl_ops.kernels.patchwise_plan import Sizes
 from sanctl_ops.kernels.runtime import kernel, launch
 
 # Blocks of patchwise_weight_gradient that run at once on a multiprocessor, about.
 WEIGHT_BLOCKS = 6
-
-
-def join(partials: Tensor, rows: int, sums: Tensor) -> None:
-    """Add up rows of partial sums into `sums`, float64, in a fixed order."""
-    launch(
-        kernel(FOLD, "patchwise_join", torch.float32),
-        sums.device,
-        -(-sums.numel() // JOINED_COLUMNS),
-        THREADS,
-        (partials, sums, rows, np.uint32(sums.numel())),
-        THREADS * 8,
-    )
 
 
 def slopes(
@@ -51,16 +46,16 @@ def slopes(
         sizes.images * tiling.down * tiling.across,
         -(-plan.resident_blocks(grad.device, shared_bytes) // parts),
     )
-    gradients = _floats(grad, parts * sizes.images * sizes.pixels * sizes.hidden)
+    gradients = floats(grad, parts * sizes.images * sizes.pixels * sizes.hidden)
     rows = 1 if parts == 1 else parts // 2 + 1
     sums = torch.empty(parts * sizes.taps * rows * 128, dtype=torch.float64, device=grad.device)
-    partials = _floats(grad, blocks * sums.numel())
+    partials = floats(grad, blocks * sums.numel())
     together = 1 if parts == plan.CHANNELS else 2
     launch(
         kernel("patchwise_slopes.cu", "patchwise_slopes", grad.dtype, *template(sizes)),
         grad.device,
         blocks * parts,
-        -(-tiling.products // together) * WARP,
+        -(-tiling.paired.products // together) * WARP,
         (
             grad,
             value,
@@ -77,23 +72,8 @@ def slopes(
     return gradients, sums
 
 
-def close_second(sizes: Sizes, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the second convolution's weight and bias."""
-    outputs = sizes.hidden * sizes.taps
-    weight = _floats(sums, outputs * sizes.hidden).view(outputs, sizes.hidden)
-    bias = _floats(sums, outputs)
-    launch(
-        kernel(FOLD, "patchwise_close_second", torch.float32),
-        sums.device,
-        blocks_for(weight.numel()),
-        THREADS,
-        (sums, weight, bias, sizes.taps, sizes.hidden, sizes.hidden_tiles, weight.numel()),
-    )
-    return weight, bias
-
-
 def hidden_gradient(
-    sizes: Sizes, gradients: Tensor, hidden: Tensor, rectified: Tensor, norm: Norm, by_batch: bool
+    sizes: Sizes, gradients: Tensor, hidden: Tensor, rectified: Tensor, norm: Known, by_batch: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the hidden values' gradients as scaled halves, their scales, and the norm's two."""
     device, channels = hidden.device, sizes.hidden
@@ -183,7 +163,7 @@ def first_sums(
         out = sums[-of_tap:] if is_query else sums[:-of_tap]
         # A warp has a tap, or of the query a share of the pixels, of its own.
         joined = shares * size if is_query else shares
-        partials = _floats(key, joined * out.numel())
+        partials = floats(key, joined * out.numel())
         launch(
             kernel(
                 "patchwise_weight_gradient.cu",
@@ -198,81 +178,6 @@ def first_sums(
         )
         join(partials, joined, out)
     return sums
-
-
-def close_first(
-    sizes: Sizes, sums: Tensor, scales: Tensor, weight: Tensor, norm: Norm, by_batch: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of weight1 and norm1, and what the statistics take back of images'."""
-    grad_weight = torch.empty_like(weight)
-    grad_norm, grad_bias = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
-    channels = norm.weight.numel()
-    closing = torch.empty(2 * channels, dtype=torch.float64, device=sums.device)
-    count = float(sizes.images * sizes.pixels if by_batch else 0)
-    launch(
-        kernel(FOLD, "patchwise_close_first", torch.float32),
-        sums.device,
-        blocks_for(channels),
-        THREADS,
-        (
-            sums,
-            scales,
-            weight,
-            norm.mean,
-            norm.variance,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            grad_weight,
-            grad_norm,
-            grad_bias,
-            closing,
-            sizes.relation,
-            sizes.relation_tiles,
-            sizes.taps,
-            sizes.hidden,
-            sizes.hidden_tiles,
-            count,
-        ),
-    )
-    taken = weight.new_empty(2 * (sizes.pixels + 1) * sizes.relation)
-    if by_batch:
-        launch(
-            kernel(FOLD, "patchwise_spread", torch.float32, sizes.kernel_size),
-            sums.device,
-            blocks_for((sizes.pixels + 1) * sizes.relation),
-            THREADS,
-            (closing, taken, sizes.height, sizes.width, sizes.relation),
-        )
-    return grad_weight, grad_norm, grad_bias, taken
-
-
-def fold_first_turned(sizes: Sizes, weight: Tensor, norm: Norm) -> Tensor:
-    """Return the first convolution's transpose, times the relation's scale, for the kernels."""
-    words = (sizes.taps + 1) * 2 * sizes.relation_tiles * WARP * sizes.hidden_tiles
-    fragments = weight.new_empty(2 * words, dtype=torch.float16)
-    launch(
-        kernel(FOLD, "patchwise_fold_first_turned", torch.float32),
-        weight.device,
-        blocks_for(words),
-        THREADS,
-        (
-            weight,
-            norm.mean,
-            norm.variance,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            fragments,
-            sizes.relation,
-            sizes.relation_tiles,
-            sizes.taps,
-            sizes.hidden,
-            sizes.hidden_tiles,
-            words,
-        ),
-    )
-    return fragments
 
 
 def image_gradients(
@@ -306,7 +211,7 @@ def image_gradients(
         -(-plan.resident_blocks(key.device, shared_bytes) // parts),
     )
     pitch = tiling.halo * at_once * 8
-    mirrors = _floats(key, blocks * parts * pitch)
+    mirrors = floats(key, blocks * parts * pitch)
     launch(
         kernel(
             "patchwise_relation_gradient.cu",
@@ -349,8 +254,8 @@ def value_gradient(
         sizes.images * tiling.down * tiling.across,
         -(-plan.resident_blocks(grad.device, shared_bytes) // parts),
     )
-    pitch = tiling.halo * plan.VALUES
-    mirrors = _floats(grad, blocks * parts * pitch)
+    pitch = tiling.paired.halo * plan.VALUES
+    mirrors = floats(grad, blocks * parts * pitch)
     launch(
         kernel(
             "patchwise_value_gradient.cu",
@@ -359,7 +264,7 @@ def value_gradient(
         ),
         grad.device,
         blocks * parts,
-        warps_for(tiling.products) * WARP,
+        warps_for(tiling.paired.products) * WARP,
         (
             grad,
             rectified,
@@ -376,10 +281,6 @@ def value_gradient(
     return out
 
 
-def _floats(beside: Tensor, count: int) -> Tensor:
-    return torch.empty(count, dtype=torch.float32, device=beside.device)
-
-
 def _channels_last_like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
@@ -394,22 +295,25 @@ def backward(
     layer: Parameters,
     by_batch: tuple[bool, bool],
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of query, key and value, channels_last, and of the layer's parameters."""
+    """Return the gradients of query, key, value (channels_last) and the layer's parameters."""
     grad, query, key, value = (plan.by_pixels(x) for x in (grad, query, key, value))
-    rectified = forward_pass.rectified(sizes, hidden, layer.norm2)
-    turned, _ = forward_pass.fold_second(sizes, layer.weight2, layer.bias2, turned=True)
+    norm1, norm2 = forward_pass.known(layer.norm1), forward_pass.known(layer.norm2)
+    assert norm1 is not None
+    assert norm2 is not None
+    rectified = forward_pass.rectified(sizes, hidden, norm2)
+    turned, _ = fold_second(sizes, layer.weight2, layer.bias2, turned=True)
     gradients, sums = slopes(sizes, grad, value, rectified, turned)
     second = close_second(sizes, sums)
-    gradient, scales, *norm2 = hidden_gradient(
-        sizes, gradients, hidden, rectified, layer.norm2, by_batch[1]
+    gradient, scales, *grad_norm2 = hidden_gradient(
+        sizes, gradients, hidden, rectified, norm2, by_batch[1]
     )
-    affine, units = forward_pass.fold_relation(sizes, layer.norm1, sharp=True)
+    affine, units = fold_relation(sizes, norm1, sharp=True)
     sums = first_sums(sizes, query, key, units, affine, gradient)
-    weight1, *norm1, taken = close_first(
-        sizes, sums, scales, layer.weight1, layer.norm1, by_batch[0]
+    weight1, *grad_norm1, taken = close_first(
+        sizes, sums, scales, layer.weight1, norm1, by_batch[0]
     )
-    factors = (units, affine, fold_first_turned(sizes, layer.weight1, layer.norm1))
+    factors = (units, affine, fold_first_turned(sizes, layer.weight1, norm1))
     images = image_gradients(sizes, query, key, factors, (gradient, scales), taken, by_batch[0])
-    folded = forward_pass.fold_second(sizes, layer.weight2, layer.bias2)
+    folded = fold_second(sizes, layer.weight2, layer.bias2)
     grad_value = value_gradient(sizes, grad, rectified, *folded)
-    return *images, grad_value, *norm1, weight1, *norm2, *second
+    return *images, grad_value, *grad_norm1, weight1, *grad_norm2, *second

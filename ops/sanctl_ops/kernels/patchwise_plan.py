@@ -1,14 +1,14 @@
 """How the kernels of patchwise attention deal out their work, and which tensors they take."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sanctl_ops.kernels.geometry import SAME_KERNEL_SIZES, VECTOR_BYTES, WARP, structure
+from sanctl_ops.kernels.geometry import SAME_KERNEL_SIZES, VECTOR_BYTES, structure
 from sanctl_ops.kernels.runtime import MOST_SHARED_BYTES
 
 # As struct Shape in patchwise.cuh.
@@ -29,8 +29,10 @@ VALUES = CHANNELS * SHARE
 MOST_HIDDEN = 64
 MOST_SIDE = 14
 # A warp that makes one product at once instead of two has more of them to make in a block.
-MOST_SIDE_OF_WIDEST = 11
+MOST_SIDE_OF_WIDEST = 10
 MOST_RESIDENT = 4
+# A float for every warp that a block may have.
+MOST_BYTES = 32 * 4
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,11 @@ class Tiling:
         """Products of 16 pixels."""
         return -(-self.rows * self.columns // PIXELS)
 
+    @property
+    def paired(self) -> "Tiling":
+        """The same with rows filled up to an even number of pixels."""
+        return replace(self, columns=self.columns + self.columns % 2)
+
 
 Bytes = Callable[[Sizes, Tiling], int]
 
@@ -117,19 +124,19 @@ def bytes_of_hidden(sizes: Sizes, tiling: Tiling) -> int:
 
 def bytes_of_attend(sizes: Sizes, tiling: Tiling) -> int:
     """Return the shared memory of patchwise_attend."""
-    return tiling.halo * (VALUES + 8) * 2
+    return MOST_BYTES + tiling.paired.halo * VALUES * 2
 
 
 def bytes_of_slopes(sizes: Sizes, tiling: Tiling) -> int:
     """Return the shared memory of patchwise_slopes."""
-    pixels = tiling.products * PIXELS
+    pixels = tiling.paired.products * PIXELS
     slopes = sizes.kernel_size * pixels * CHANNELS
-    return bytes_of_attend(sizes, tiling) + (slopes + pixels * sizes.hidden_pitch) * 2 + WARP * 4
+    return bytes_of_attend(sizes, tiling) + (slopes + pixels * sizes.hidden_pitch) * 2
 
 
 def bytes_of_value_gradient(sizes: Sizes, tiling: Tiling) -> int:
     """Return the shared memory of patchwise_value_gradient."""
-    return tiling.halo * (VALUES + 8 + sizes.hidden_pitch) * 2
+    return bytes_of_attend(sizes, tiling) + tiling.paired.halo * sizes.hidden_pitch * 2
 
 
 def bytes_of_relation_gradient(sizes: Sizes, tiling: Tiling) -> int:
@@ -227,7 +234,7 @@ def by_pixels(x: Tensor) -> Tensor:
 
 
 def shares_of(tasks: int, most: int) -> int:
-    """Return among how many blocks, at most `most`, to deal out tasks so that all have like many."""
+    """Return among how many blocks, at most `most`, to deal out tasks evenly."""
     each = -(-tasks // max(1, min(most, tasks)))
     return -(-tasks // each)
 

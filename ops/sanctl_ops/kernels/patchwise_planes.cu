@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(JOINING)
     if (thread > 0) return;
     for (int c = 1; c < channels; ++c) bound = max(bound, shared[c]);
     float scale, inverse;
-    scale_of(bound, scale, inverse);
+    scale_of<15>(bound, scale, inverse);
     scales[0] = scale;
     scales[1] = inverse;
 }

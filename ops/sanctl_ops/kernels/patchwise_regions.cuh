@@ -8,32 +8,46 @@
 #include "patchwise.cuh"
 
 // One of the nine parts of a tile with what lies beyond the image around it, and the taps by which
-// windows in the image read it.
+// windows in the image read it. Where neighbours are taken in pairs, it begins at an even place, and more
+// positions than there are fill it up.
 struct Region {
     static constexpr int ALL = 9, MIDDLE = 4;
     int top, left, rows, columns;  // the first two relative to the tile
     int first_dy, last_dy, first_dx, last_dx;
+    int begin, end;  // columns that exist
     int staged_columns, radius;
 
-    __device__ Region(const Shape& shape, const Tile& tile, int number, int radius)
-        : staged_columns(tile.columns + 2 * radius), radius(radius) {
+    __device__ Region(const Shape& shape, const Tile& tile, int number, int radius,
+                      bool pairs = false)
+        : staged_columns(tile.filled + 2 * radius), radius(radius) {
         side(number / 3, radius, tile.rows, tile.top == 0, tile.top + tile.rows == shape.height, top,
              rows, first_dy, last_dy);
         side(number % 3, radius, tile.columns, tile.left == 0,
              tile.left + tile.columns == shape.width, left, columns, first_dx, last_dx);
+        begin = left;
+        end = left + columns;
+        if (!pairs || columns == 0) return;
+        // Windows then begin at even places, too; one tap more meets zeros.
+        last_dx += last_dx % 2;
+        left = (left + 4) / 2 * 2 - 4;
+        columns = (end - left + 1) / 2 * 2;
     }
 
     __device__ int count() const { return rows * columns; }
     __device__ int products() const { return (count() + PIXELS - 1) / PIXELS; }
 
-    // Where the window lies that reads position i by tap (0, 0), in a tile staged with its halo.
-    __device__ int window(int i) const {
-        return place(i) + radius * staged_columns + radius;
+    __device__ bool exists(int i) const {
+        const int x = left + i % columns;
+        return i < count() && x >= begin && x < end;
     }
 
-    // Position i among those of the tile and its halo; for one beyond the last, the last.
+    // Where the window lies that reads position i by tap (0, 0), in a tile staged with its halo.
+    __device__ int window(int i) const { return place(i) + radius * staged_columns + radius; }
+
+    // Position i among those of the tile and its halo; for one beyond the last, that of another, so that
+    // neighbours stay so.
     __device__ int place(int i) const {
-        i = min(i, count() - 1);
+        i = i < count() ? i : max(count() - 2 + i % 2, 0);
         return (top + i / columns + radius) * staged_columns + left + i % columns + radius;
     }
 
@@ -51,7 +65,7 @@ struct Region {
 template <typename Visit>
 __device__ inline void visit_mirrored(const Shape& shape, const Tile& tile, int radius, int i,
                                       Visit visit) {
-    const int y = i / tile.columns, x = i % tile.columns, pitch = tile.columns + 2 * radius;
+    const int y = i / tile.filled, x = i % tile.filled, pitch = tile.filled + 2 * radius;
 #pragma unroll 1
     for (int which = 1; which < 9; ++which) {
         int row, column;
@@ -65,11 +79,11 @@ __device__ inline void visit_mirrored(const Shape& shape, const Tile& tile, int 
 // Lets the block's warps share the products of all regions but the middle one.
 template <typename Compute>
 __device__ inline void compute_mirrors(const Shape& shape, const Tile& tile, int radius,
-                                       Compute compute) {
+                                       bool pairs, Compute compute) {
     int product = threadIdx.x / 32;
     for (int number = 0; number < Region::ALL; ++number) {
         if (number == Region::MIDDLE) continue;
-        const Region region(shape, tile, number, radius);
+        const Region region(shape, tile, number, radius, pairs);
         for (; product < region.products(); product += blockDim.x / 32) compute(region, product);
         product -= region.products();
     }

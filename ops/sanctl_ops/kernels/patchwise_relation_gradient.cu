@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(THREADS)
                     convolution.add(rows, dy * K + dx, related);
                 }
         };
-        compute_mirrors(shape, tile, RADIUS, [&](const Region& region, int product) {
+        compute_mirrors(shape, tile, RADIUS, false, [&](const Region& region, int product) {
             Related<WT> related;
             gather(region, product, related);
 #pragma unroll

@@ -1,15 +1,16 @@
 // Backward through the values' sums: the slopes of the weights exist in registers and, for one row of
 // taps, in shared memory. From them come the gradients of rectified hidden values and of the second
-// convolution. They are halves, scaled by a power of two that a tile chooses for itself.
+// convolution.
 #include "patchwise_values.cuh"
 
 constexpr int THREADS = 256;
+constexpr int MOST = 6;  // of values and gradients, as a power of two: 8 products of them fit halves
 
 // Pixels that the largest tile's products have.
 __device__ inline int most_pixels(const Shape& shape) {
     const int rows = (shape.height + shape.down - 1) / shape.down;
     const int columns = (shape.width + shape.across - 1) / shape.across;
-    return (rows * columns + PIXELS - 1) / PIXELS * PIXELS;
+    return (rows * (columns + columns % 2) + PIXELS - 1) / PIXELS * PIXELS;
 }
 
 // Products that a warp makes in turn.
@@ -21,67 +22,65 @@ constexpr int TOGETHER = WT == 8 ? 1 : 2;
 template <int WT>
 constexpr int ROWS_OF_SECOND = WT == 1 ? 1 : WT / 2 + 1;
 
-// The gradient of the values that a lane holds of one pixel; zeros where it does not exist.
+// Two neighbouring channels of one pixel's gradient.
 template <typename T>
-__device__ inline void load_gradient(float (&held)[2][SHARE], const T* pixel, int channel,
-                                     bool exists, const Shape& shape) {
+__device__ inline unsigned load_pair(const T* from, int count, int vector) {
+    if (vector > 1) return *reinterpret_cast<const unsigned*>(from);
+    return from[0].bits | (count > 1 ? static_cast<unsigned>(from[1].bits) << 16 : 0);
+}
+
+// The gradients of the values that a lane has: of two pixels and two weight channels.
+using Gradients = unsigned[2][2][SHARE / 2];
+
+// Those of one pixel as they are; zeros where there are none. `channel` is the first weight channel.
+template <typename T>
+__device__ inline void load_gradients(unsigned (&pairs)[SHARE], const T* pixel, int channel,
+                                      bool exists, const Shape& shape) {
+    const int count = exists ? shape.hidden - channel : 0;
 #pragma unroll
-    for (int g = 0; g < SHARE; ++g) {
-        const T* from = pixel + g * shape.hidden + channel;
-        const bool first = exists && g < shape.share && channel < shape.hidden;
-        unsigned pair = 0;
-        if (first && shape.hidden % 2 == 0) pair = *reinterpret_cast<const unsigned*>(from);
-        else if (first)
-            pair = from[0].bits |
-                   (channel + 1 < shape.hidden ? static_cast<unsigned>(from[1].bits) << 16 : 0);
-        held[0][g] = first_of<T>(pair);
-        held[1][g] = second_of<T>(pair);
+    for (int g = 0; g < SHARE; ++g)
+        pairs[g] = count > 0 && g < shape.share
+                       ? load_pair(pixel + g * shape.hidden + channel, count, shape.value_vector)
+                       : 0;
+}
+
+// The same as scaled halves, the values that share a weight side by side.
+template <typename T>
+__device__ inline void turn(const unsigned (&pairs)[SHARE], float scale,
+                            unsigned (&gradients)[2][SHARE / 2]) {
+#pragma unroll
+    for (int g = 0; g < SHARE; g += 2) {
+        const unsigned one = scaled<T>(pairs[g], scale), next = scaled<T>(pairs[g + 1], scale);
+        gradients[0][g / 2] = __byte_perm(one, next, 0x5410);
+        gradients[1][g / 2] = __byte_perm(one, next, 0x7632);
     }
 }
 
-// Slopes of a lane's four weights: sums over the values that share them.
-template <typename T>
-__device__ inline void add_up(const Held& gradient, const T* first, const T* second,
-                              float (&slopes)[4]) {
+// Two slopes of one pixel and tap, of two weight channels: sums over the values that share them.
+__device__ inline unsigned slopes_of(const unsigned (&gradients)[2][SHARE / 2],
+                                     const Vector<unsigned, 4> (&values)[2]) {
+    unsigned sums[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int e = 0; e < 2; ++e) {
+        sums[e] = multiply_halves(gradients[e][0], values[e].at[0]);
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const auto values = *reinterpret_cast<const Vector<unsigned, 4>*>(
-                (half == 0 ? first : second) + e * SHARE);
-            float sum = 0;
-#pragma unroll
-            for (int g = 0; g < SHARE; g += 2) {
-                sum += gradient[half][e][g] * first_of<T>(values.at[g / 2]);
-                sum += gradient[half][e][g + 1] * second_of<T>(values.at[g / 2]);
-            }
-            slopes[2 * half + e] = sum;
-        }
-}
-
-// The largest of all threads' values.
-__device__ inline float most_of_block(float own, float* shared) {
-    for (int apart = 16; apart > 0; apart /= 2)
-        own = fmaxf(own, __shfl_xor_sync(~0u, own, apart));
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = own;
-    __syncthreads();
-    for (int warp = 0; warp < blockDim.x / 32; ++warp) own = fmaxf(own, shared[warp]);
-    __syncthreads();
-    return own;
-}
-
-template <typename T>
-__device__ inline float most_staged(const T* staged, int pixels) {
-    float most = 0;
-    for (int i = threadIdx.x; i < pixels * CHANNELS; i += blockDim.x) {
-        const auto values = *reinterpret_cast<const Vector<unsigned, 4>*>(
-            staged + i / CHANNELS * VALUE_PITCH + i % CHANNELS * SHARE);
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-            most = fmaxf(most, fmaxf(fabsf(first_of<T>(values.at[e])),
-                                     fabsf(second_of<T>(values.at[e]))));
+        for (int g = 1; g < SHARE / 2; ++g)
+            sums[e] = fma_halves(gradients[e][g], values[e].at[g], sums[e]);
     }
-    return most;
+    return add_halves(__byte_perm(sums[0], sums[1], 0x5410),
+                      __byte_perm(sums[0], sums[1], 0x7632));
+}
+
+// Hands the slopes of K taps of a row to take(k, of the first pixel, of the second one).
+template <int K, typename Take>
+__device__ inline void visit_slopes(const Row& row, const Gradients& gradients, Take take) {
+    unsigned before = 0;
+#pragma unroll
+    for (int k = 0; k <= K; ++k) {
+        const Vector<unsigned, 4> values[2] = {row.read(k, 0), row.read(k, 1)};
+        if (k > 0) take(k - 1, before, slopes_of(gradients[1], values));
+        if (k < K) before = slopes_of(gradients[0], values);
+    }
 }
 
 // sums += (rectified hidden values, and ones)^T * slopes of one tap, over 16 pixels of a tile.
@@ -108,22 +107,55 @@ __device__ inline void add_product(const Half* hidden, const Half* slopes, int l
 }
 
 // The arrays of a block in shared memory.
-template <typename T, int WT>
+template <int WT>
 struct Arrays {
-    T* values;
-    Half *slopes, *hidden;
     float* most;
+    Half *values, *slopes, *hidden;
     int pixels;
 
     __device__ Arrays(void* shared, const Shape& shape, int K)
-        : values(static_cast<T*>(shared)), pixels(most_pixels(shape)) {
+        : most(static_cast<float*>(shared)), values(reinterpret_cast<Half*>(most + 32)),
+          pixels(most_pixels(shape)) {
         const int rows = (shape.height + shape.down - 1) / shape.down + K - 1;
-        const int columns = (shape.width + shape.across - 1) / shape.across + K - 1;
-        slopes = reinterpret_cast<Half*>(values + rows * columns * VALUE_PITCH);
+        const int columns = (shape.width + shape.across - 1) / shape.across;
+        slopes = values + rows * (columns + columns % 2 + K - 1) * VALUES;
         hidden = slopes + K * pixels * CHANNELS;
-        most = reinterpret_cast<float*>(hidden + pixels * HIDDEN_PITCH<WT>);
     }
 };
+
+// Stages rectified hidden values as the rows of products.
+template <int WT>
+__device__ inline void stage_rows(const Arrays<WT>& arrays, const Half* rectified,
+                                  const Shape& shape, const Tile& tile) {
+    for (int i = threadIdx.x; i < arrays.pixels * WT; i += blockDim.x) {
+        const int row = i / WT, chunk = i % WT * 8;
+        *reinterpret_cast<Vector<unsigned, 4>*>(arrays.hidden + row * HIDDEN_PITCH<WT> + chunk) =
+            *reinterpret_cast<const Vector<unsigned, 4>*>(
+                rectified + tile.pixel(shape, in_pairs(row)) * WT * CHANNELS + chunk);
+    }
+}
+
+// Adds one row of taps to the second convolution's sums: a warp takes a tap at a time.
+template <int K, int WT>
+__device__ inline void add_products(const Arrays<WT>& arrays, float* partials, float factor,
+                                    bool anew) {
+    constexpr int R = ROWS_OF_SECOND<WT>;
+    const int lane = threadIdx.x % 32;
+    for (int dx = threadIdx.x / 32; dx < K; dx += blockDim.x / 32) {
+        float sums[R][4] = {};
+        for (int s = 0; s < arrays.pixels; s += PIXELS)
+            add_product<WT>(arrays.hidden + s * HIDDEN_PITCH<WT>,
+                            arrays.slopes + (dx * arrays.pixels + s) * CHANNELS, lane, sums);
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            auto& kept = reinterpret_cast<Vector<float, 4>*>(partials)[(dx * R + r) * 32 + lane];
+            Vector<float, 4> total = anew ? Vector<float, 4>{} : kept;
+#pragma unroll
+            for (int e = 0; e < 4; ++e) total.at[e] += sums[r][e] * factor;
+            kept = total;
+        }
+    }
+}
 
 // A block takes the tiles blockIdx.x / WT, that plus `blocks`, and so on, of 8 weight channels. Its sums
 // for the second convolution lie at partials[blockIdx.x * K * K * ROWS_OF_SECOND * 128].
@@ -131,105 +163,73 @@ template <typename T, int K, int WT>
 __global__ void __launch_bounds__(THREADS, 2)
     patchwise_slopes(const T* grad, const T* value, const Half* rectified, const Half* turned,
                      float* gradients, float* partials, Shape shape, int blocks) {
-    constexpr int RADIUS = K / 2, WIDTH = WT * CHANNELS, M = TOGETHER<WT>, R = ROWS_OF_SECOND<WT>;
+    constexpr int RADIUS = K / 2, M = TOGETHER<WT>, R = ROWS_OF_SECOND<WT>;
     extern __shared__ double shared[];
-    const Arrays<T, WT> arrays(shared, shape, K);
+    const Arrays<WT> arrays(shared, shape, K);
     const int part = blockIdx.x % WT, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int channel = part * CHANNELS + lane % 4 * 2;
     turned += part * K * K * 32 * WT * 2;
-    partials += static_cast<long long>(blockIdx.x) * K * K * R * 128 + lane * 4;
+    partials += static_cast<long long>(blockIdx.x) * K * K * R * 128;
     gradients += static_cast<long long>(part) * shape.images * shape.pixels() * shape.hidden;
     for (int number = blockIdx.x / WT; number < shape.images * shape.tiles(); number += blocks) {
-        const bool anew = number < blocks;
-        const Tile tile(shape, number);
+        const Tile tile(shape, number, true);
         const long long before = static_cast<long long>(tile.n) * shape.pixels();
-        const int columns = tile.columns + 2 * RADIUS;
+        const int columns = tile.filled + 2 * RADIUS;
         __syncthreads();
-        stage_values<T, true>(arrays.values, value + before * shape.value_pitch, shape.value_pitch,
-                              shape, tile, RADIUS, part * CHANNELS);
-        for (int i = threadIdx.x; i < arrays.pixels * WT; i += blockDim.x)
-            *reinterpret_cast<Vector<unsigned, 4>*>(arrays.hidden + i / WT * HIDDEN_PITCH<WT> +
-                                                    i % WT * 8) =
-                *reinterpret_cast<const Vector<unsigned, 4>*>(
-                    rectified + (before + tile.pixel(shape, i / WT)) * WIDTH + i % WT * 8);
-        __syncthreads();
-        const auto load = [&](int i, float (&held)[2][SHARE]) {
-            load_gradient(held, grad + (before + tile.pixel(shape, i)) * shape.grad_pitch, channel,
-                          i < tile.count(), shape);
-        };
-        float most = 0;
-        for (int i = warp * M * PIXELS + lane / 4; i < (warp + 1) * M * PIXELS; i += 8) {
-            float held[2][SHARE];
-            load(i, held);
+        float factor = stage_values<T, true, MOST>(
+            arrays.values, arrays.most, value + before * shape.value_pitch, shape.value_pitch, shape,
+            tile, RADIUS, part * CHANNELS);
+        stage_rows(arrays, rectified + before * WT * CHANNELS, shape, tile);
+        unsigned own[M][2][SHARE], most = 0;
 #pragma unroll
-            for (int g = 0; g < SHARE; ++g)
-                most = fmaxf(most, fmaxf(fabsf(held[0][g]), fabsf(held[1][g])));
+        for (int j = 0; j < 2 * M; ++j) {
+            const int i = (warp * M + j / 2) * PIXELS + lane / 4 * 2 + j % 2;
+            auto& pairs = own[j / 2][j % 2];
+            load_gradients(pairs, grad + (before + tile.pixel(shape, i)) * shape.grad_pitch,
+                           part * CHANNELS + lane % 4 * 2, tile.exists(i), shape);
+#pragma unroll
+            for (int g = 0; g < SHARE; ++g) most = larger<T>(most, pairs[g] & 0x7fff7fff);
         }
-        most = most_of_block(most, arrays.most);
-        most *= most_of_block(most_staged(arrays.values, (tile.rows + 2 * RADIUS) * columns),
-                              arrays.most);
         float scale, inverse;
-        scale_of(most * SHARE, scale, inverse);
+        scale_of<MOST>(most_of_block<T>(most, arrays.most), scale, inverse);
+        factor *= inverse;
+        Gradients held[M];
+#pragma unroll
+        for (int j = 0; j < 2 * M; ++j) turn<T>(own[j / 2][j % 2], scale, held[j / 2][j % 2]);
         float sums[M][WT][4] = {};
+#pragma unroll 1
         for (int dy = 0; dy < K; ++dy) {
 #pragma unroll
             for (int m = 0; m < M; ++m) {
-                const int i = (warp * M + m) * PIXELS + lane / 4;
-                if (i - lane / 4 >= arrays.pixels) break;
-                Held held;
-                load(i, held[0]);
-                load(i + 8, held[1]);
-                const T* corner = arrays.values + lane % 4 * 2 * SHARE;
-                const int above = (dy - RADIUS) * columns - RADIUS;
-                const T* first = corner + (tile.place(i, RADIUS) + above) * VALUE_PITCH;
-                const T* second = corner + (tile.place(i + 8, RADIUS) + above) * VALUE_PITCH;
-                Half* to = arrays.slopes + i * CHANNELS + lane % 4 * 2;
-#pragma unroll
-                for (int dx = 0; dx < K; ++dx, to += arrays.pixels * CHANNELS) {
-                    float slopes[4];
-                    add_up(held, first + dx * VALUE_PITCH, second + dx * VALUE_PITCH, slopes);
-                    const unsigned a0 = pack<Half>(slopes[0] * scale, slopes[1] * scale);
-                    const unsigned a1 = pack<Half>(slopes[2] * scale, slopes[3] * scale);
+                const int product = warp * M + m;
+                if (product * PIXELS >= arrays.pixels) break;
+                const int corner = tile.place(product * PIXELS + lane / 4 * 2, RADIUS) +
+                                   (dy - RADIUS) * columns - RADIUS;
+                Half* to = arrays.slopes + (product * PIXELS + lane / 4) * CHANNELS + lane % 4 * 2;
+                const auto take = [&](int dx, unsigned first, unsigned next) {
                     const auto b = fragment<WT>(turned, dy * K + dx, lane);
 #pragma unroll
-                    for (int w = 0; w < WT; ++w) Mma<Half>::k8(sums[m][w], a0, a1, b.at[w]);
-                    *reinterpret_cast<unsigned*>(to) = a0;
-                    *reinterpret_cast<unsigned*>(to + 8 * CHANNELS) = a1;
-                }
+                    for (int w = 0; w < WT; ++w) Mma<Half>::k8(sums[m][w], first, next, b.at[w]);
+                    Half* place = to + dx * arrays.pixels * CHANNELS;
+                    *reinterpret_cast<unsigned*>(place) = first;
+                    *reinterpret_cast<unsigned*>(place + 8 * CHANNELS) = next;
+                };
+                visit_slopes<K>(Row(arrays.values, corner, lane), held[m], take);
             }
             __syncthreads();
-            for (int dx = warp; dx < K; dx += blockDim.x / 32) {
-                float* to = partials + (dy * K + dx) * R * 128;
-                float added[R][4] = {};
-                for (int s = 0; s < arrays.pixels; s += PIXELS)
-                    add_product<WT>(arrays.hidden + s * HIDDEN_PITCH<WT>,
-                                    arrays.slopes + (dx * arrays.pixels + s) * CHANNELS, lane,
-                                    added);
-#pragma unroll
-                for (int r = 0; r < R; ++r) {
-                    auto& kept = *reinterpret_cast<Vector<float, 4>*>(to + r * 128);
-                    Vector<float, 4> total = anew ? Vector<float, 4>{} : kept;
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) total.at[e] += added[r][e] * inverse;
-                    kept = total;
-                }
-            }
+            add_products<K, WT>(arrays, partials + dy * K * R * 128, factor, number < blocks);
             __syncthreads();
         }
 #pragma unroll
-        for (int m = 0; m < M; ++m)
+        for (int j = 0; j < 2 * M; ++j) {
+            const int i = (warp * M + j / 2) * PIXELS + lane / 4 * 2 + j % 2;
+            if (!tile.exists(i)) continue;
+            float* to = gradients + (before + tile.pixel(shape, i)) * shape.hidden;
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int i = (warp * M + m) * PIXELS + half * 8 + lane / 4;
-                if (i >= tile.count()) continue;
-                float* to = gradients + (before + tile.pixel(shape, i)) * shape.hidden;
-#pragma unroll
-                for (int w = 0; w < WT; ++w)
-#pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        const int own = w * CHANNELS + lane % 4 * 2 + e;
-                        if (own < shape.hidden) to[own] = sums[m][w][2 * half + e] * inverse;
-                    }
+            for (int k = 0; k < 2 * WT; ++k) {
+                const int channel = k / 2 * CHANNELS + lane % 4 * 2 + k % 2;
+                if (channel < shape.hidden)
+                    to[channel] = sums[j / 2][k / 2][j % 2 * 2 + k % 2] * factor;
             }
+        }
     }
 }

@@ -1,44 +1,184 @@
-// Sums of weighed values: weights exist in registers only, made by a product of hidden values with the
-// second convolution's rows, a tap at a time.
+// Values in shared memory, and sums of them weighed. Weights exist in registers only, made by a product
+// of hidden values with the second convolution's rows, a tap at a time.
+//
+// Values are staged as halves, scaled by a power of two that a tile chooses for itself. Two neighbouring
+// pixels, which a lane sums up, read their row of taps together: every value once. Sums are halves for one
+// row of taps, and float beyond.
 #pragma once
 
 #include "patchwise.cuh"
 
-// What a lane holds of 16 pixels: pixels l / 4 and l / 4 + 8, weight channels 2 * (l % 4) and the next
-// one, and the values that share them.
-using Held = float[2][2][SHARE];
-
-// held += weights * values, whose two pixels lie at `first` and `second`.
+// The bits of a pixel's first 8 channels, of which `count` exist, two in a word; zeros beyond.
 template <typename T>
-__device__ inline void weigh(const float (&weights)[4], const T* first, const T* second,
-                             Held& held) {
+__device__ inline Vector<unsigned, 4> load_bits(const T* pixel, int count, int vector) {
+    if (vector == 8) return *reinterpret_cast<const Vector<unsigned, 4>*>(pixel);
+    Vector<unsigned, 4> words;
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const auto values = *reinterpret_cast<const Vector<unsigned, 4>*>(
-                (half == 0 ? first : second) + e * SHARE);
-#pragma unroll
-            for (int g = 0; g < SHARE; g += 2) {
-                held[half][e][g] += weights[2 * half + e] * first_of<T>(values.at[g / 2]);
-                held[half][e][g + 1] += weights[2 * half + e] * second_of<T>(values.at[g / 2]);
-            }
-        }
+    for (int e = 0; e < 4; ++e) {
+        const unsigned low = 2 * e < count ? pixel[2 * e].bits : 0;
+        const unsigned high = 2 * e + 1 < count ? pixel[2 * e + 1].bits : 0;
+        words.at[e] = low | high << 16;
+    }
+    return words;
 }
 
-// Writes what a lane holds of one pixel.
 template <typename T>
-__device__ inline void write_values(const float (&held)[2][SHARE], T* pixel, int channel,
-                                    const Shape& shape) {
+__device__ inline float first_of(unsigned pair) {
+    return to_float(T{static_cast<unsigned short>(pair)});
+}
+
+template <typename T>
+__device__ inline float second_of(unsigned pair) {
+    return to_float(T{static_cast<unsigned short>(pair >> 16)});
+}
+
+template <>
+__device__ inline float second_of<BFloat16>(unsigned pair) {
+    return __uint_as_float(pair & 0xffff0000);
+}
+
+// Where the values of weight channel w lie for a staged pixel: every second pair of pixels has its
+// channels in pairs exchanged, so that lanes read from different banks.
+__device__ inline int value_place(int pixel, int w) {
+    return pixel * VALUES + (w ^ (pixel >> 1 & 1)) * SHARE;
+}
+
+// The larger one of `most` and the values without their sign.
+template <typename T>
+__device__ inline unsigned larger_than(unsigned most, const Vector<unsigned, 4>& values) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) most = larger<T>(most, values.at[e] & 0x7fff7fff);
+    return most;
+}
+
+// The largest of what all threads hold; `shared` has room for a float of every warp.
+template <typename T>
+__device__ inline float most_of_block(unsigned pair, float* shared) {
+    float own = fmaxf(first_of<T>(pair), second_of<T>(pair));
+    for (int apart = 16; apart > 0; apart /= 2)
+        own = fmaxf(own, __shfl_xor_sync(~0u, own, apart));
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = own;
+    __syncthreads();
+    for (int warp = 0; warp < blockDim.x / 32; ++warp) own = fmaxf(own, shared[warp]);
+    __syncthreads();
+    return own;
+}
+
+// Two values, scaled, as halves.
+template <typename T>
+__device__ inline unsigned scaled(unsigned pair, float scale) {
+    return pack<Half>(first_of<T>(pair) * scale, second_of<T>(pair) * scale);
+}
+
+// Stages a tile of values, or of their gradient, with `halo` pixels around: of CHANNELS weight channels
+// from `first` on, the SHARE value channels of each side by side. Around the image there are reflections
+// or zeros. Returns by what to multiply sums of them, which were taken to less than 2^MOST.
+template <typename T, bool REFLECT, int MOST>
+__device__ inline float stage_values(Half* to, float* most, const T* image, int image_pitch,
+                                     const Shape& shape, const Tile& tile, int halo, int first) {
+    const int columns = tile.filled + 2 * halo, pixels = (tile.rows + 2 * halo) * columns;
+    const int count = shape.hidden - first;
+    unsigned largest = 0;
+    for (int i = threadIdx.x; i < pixels; i += blockDim.x) {
+        const int y = source<REFLECT>(tile.top - halo + i / columns, shape.height);
+        const int x = source<REFLECT>(tile.left - halo + i % columns, shape.width);
+        const bool exists = y >= 0 && x >= 0;
+        const T* pixel = image + (exists ? static_cast<long long>(y * shape.width + x) : 0) *
+                                     image_pitch + first;
+        Vector<unsigned, 4> from[SHARE];
+#pragma unroll
+        for (int g = 0; g < SHARE; ++g) {
+            from[g] = exists && g < shape.share
+                          ? load_bits(pixel + g * shape.hidden, count, shape.value_vector)
+                          : Vector<unsigned, 4>{};
+            largest = larger_than<T>(largest, from[g]);
+        }
+#pragma unroll
+        for (int w = 0; w < CHANNELS; ++w) {
+            Vector<unsigned, 4> turned;
+#pragma unroll
+            for (int g = 0; g < SHARE; g += 2)
+                turned.at[g / 2] = __byte_perm(from[g].at[w / 2], from[g + 1].at[w / 2],
+                                               w % 2 == 0 ? 0x5410 : 0x7632);
+            *reinterpret_cast<Vector<unsigned, 4>*>(to + value_place(i, w)) = turned;
+        }
+    }
+    float scale, inverse;
+    scale_of<MOST>(most_of_block<T>(largest, most), scale, inverse);
+    for (int i = threadIdx.x; i < pixels * CHANNELS; i += blockDim.x) {
+        auto& values = reinterpret_cast<Vector<unsigned, 4>*>(to)[i];
+        Vector<unsigned, 4> converted = values;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) converted.at[e] = scaled<T>(converted.at[e], scale);
+        values = converted;
+    }
+    return inverse;
+}
+
+// The values of the pixels from an even one on, in a row, that a lane reads: of two weight channels.
+struct Row {
+    const Half* values[2];  // of either channel, where channels are not exchanged
+
+    __device__ Row(const Half* staged, int pixel, int lane)
+        : values{staged + value_place(pixel, lane % 4 * 2),
+                 staged + value_place(pixel, lane % 4 * 2 + 1)} {}
+
+    __device__ const Vector<unsigned, 4>& read(int pixel, int channel) const {
+        return *reinterpret_cast<const Vector<unsigned, 4>*>(values[channel ^ (pixel >> 1 & 1)] +
+                                                             pixel * VALUES);
+    }
+};
+
+// What a lane sums up: for two neighbouring pixels and two weight channels, the values that share them.
+using Held = float[2][2][SHARE];
+
+// held += sums over `count` taps (at most K) of a row: tap k of the first pixel reads value k, and that of
+// the second one the next. make(k, weights) makes a lane's four weights.
+template <int K, typename Make>
+__device__ inline void weigh_row(const Row& row, int count, Make make, Held& held) {
+    unsigned sums[2][2][4] = {}, before[2] = {};
+#pragma unroll
+    for (int k = 0; k <= K; ++k) {
+        unsigned now[2][2];
+        if (k < count) {
+            float weights[4];
+            make(k, weights);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) now[i / 2][i % 2] = pack<Half>(weights[i], weights[i]);
+        }
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const Vector<unsigned, 4> values = row.read(k, e);
+#pragma unroll
+            for (int g = 0; g < 4; ++g) {
+                if (k < count) sums[0][e][g] = fma_halves(now[0][e], values.at[g], sums[0][e][g]);
+                if (k > 0) sums[1][e][g] = fma_halves(before[e], values.at[g], sums[1][e][g]);
+            }
+            before[e] = now[1][e];
+        }
+        if (k == count) break;
+    }
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+        held[i / 8][i / 4 % 2][i % 4 * 2] += first_of<Half>(sums[i / 8][i / 4 % 2][i % 4]);
+        held[i / 8][i / 4 % 2][i % 4 * 2 + 1] += second_of<Half>(sums[i / 8][i / 4 % 2][i % 4]);
+    }
+}
+
+// Writes what a lane holds of one pixel, times `factor`.
+template <typename T>
+__device__ inline void write_values(const float (&held)[2][SHARE], float factor, T* pixel,
+                                    int channel, const Shape& shape) {
 #pragma unroll
     for (int g = 0; g < SHARE; ++g) {
         T* to = pixel + g * shape.hidden + channel;
         if (g >= shape.share || channel >= shape.hidden) continue;
+        const float first = held[0][g] * factor, second = held[1][g] * factor;
         if (shape.hidden % 2 == 0) {
-            *reinterpret_cast<unsigned*>(to) = pack<T>(held[0][g], held[1][g]);
+            *reinterpret_cast<unsigned*>(to) = pack<T>(first, second);
         } else {
-            to[0] = narrow<T>(held[0][g]);
-            if (channel + 1 < shape.hidden) to[1] = narrow<T>(held[1][g]);
+            to[0] = narrow<T>(first);
+            if (channel + 1 < shape.hidden) to[1] = narrow<T>(second);
         }
     }
 }

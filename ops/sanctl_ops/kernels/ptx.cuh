@@ -66,10 +66,34 @@ __device__ inline unsigned fma_relu_halves(unsigned a, unsigned x, unsigned b) {
     return sum;
 }
 
+__device__ inline unsigned add_halves(unsigned a, unsigned b) {
+    unsigned sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
+
 __device__ inline unsigned multiply_halves(unsigned a, unsigned b) {
     unsigned product;
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
     return product;
+}
+
+// The larger ones of two pairs; of a NaN and a number, the number.
+template <typename T>
+__device__ inline unsigned larger(unsigned a, unsigned b);
+
+template <>
+__device__ inline unsigned larger<Half>(unsigned a, unsigned b) {
+    unsigned most;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+    return most;
+}
+
+template <>
+__device__ inline unsigned larger<BFloat16>(unsigned a, unsigned b) {
+    unsigned most;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+    return most;
 }
 
 // 1 for a half above zero, 0 for any other.

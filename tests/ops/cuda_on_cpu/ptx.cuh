@@ -70,8 +70,22 @@ inline unsigned fma_relu_halves(unsigned a, unsigned x, unsigned b) {
         [](double a, double x, double b) { return a * x + b < 0 ? 0.0 : a * x + b; }, a, x, b);
 }
 
+inline unsigned add_halves(unsigned a, unsigned b) {
+    return by_halves([](float a, float b) { return a + b; }, a, b);
+}
+
 inline unsigned multiply_halves(unsigned a, unsigned b) {
     return by_halves([](float a, float b) { return a * b; }, a, b);
+}
+
+template <typename T>
+inline unsigned larger(unsigned a, unsigned b) {
+    const auto half = [](unsigned a, unsigned b) {
+        return static_cast<unsigned>(
+            pack<T>(fmaxf(to_float(T{static_cast<unsigned short>(a)}),
+                          to_float(T{static_cast<unsigned short>(b)})), 0) & 0xffff);
+    };
+    return half(a, b) | half(a >> 16, b >> 16) << 16;
 }
 
 inline unsigned above_zero(unsigned halves) {
