@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(THREADS<TOGETHER>, BLOCKS<TOGETHER>)
                                     Window window, Deal deal, Divisor segments, int step,
                                     int x_vector, int grad_vector) {
     constexpr int PER_ROW = PRODUCTS / TOGETHER;
-    constexpr int TAPS = (K + 1) * WEIGHT_PITCH;  // the last piece is never read
+    constexpr int TAPS = K * WEIGHT_PITCH;
     extern __shared__ double shared[];
     const Staged<T, MARGIN> staged(shared, deal);
     const int width = window.width, plane = window.height * width;
@@ -213,10 +213,10 @@ __global__ void __launch_bounds__(THREADS<TOGETHER>, BLOCKS<TOGETHER>)
     const Band<K, MARGIN - K / 2> band(task.lane);
     Vectors<K, V, WEIGHT_PITCH> vectors(task.lane, deal.vectors, plane);
     const long long images_before = task.n * deal.weight_channels.divisor + task.weight_channel;
-    int own_tap[2];  // of the two elements that this lane holds of a product's first half
+    unsigned own_tap[2];  // of the two elements that this lane holds of a product's first half, in bytes
 #pragma unroll
     for (int p = 0; p < 2; ++p)
-        own_tap[p] = (band.inside[p] ? band.diagonal[p] : K) * WEIGHT_PITCH + band.row;
+        own_tap[p] = (band.diagonal[p] * WEIGHT_PITCH + band.row) * sizeof(T);
 #pragma unroll 1
     for (; task.row < task.bottom; task.row += step) {
         unsigned pixels[PRODUCTS][2];
@@ -232,7 +232,8 @@ __global__ void __launch_bounds__(THREADS<TOGETHER>, BLOCKS<TOGETHER>)
             shared_address(matrix_row(staged, task.lane, task.row - task.top) + task.begin);
 #pragma unroll 1
         for (int ky = 0; ky < K; ++ky, line += staged.pitch * sizeof(T), to += K * plane) {
-            T* row_of_taps = taps + ky % 2 * TAPS;
+            const T* taps_of_row = taps + ky % 2 * TAPS;
+            const unsigned row_of_taps = shared_address(taps_of_row);
 #pragma unroll
             for (int b = 0; b < PRODUCTS; ++b) {
                 unsigned columns[4];  // transposed, pairs of channels being neighbours
@@ -243,7 +244,8 @@ __global__ void __launch_bounds__(THREADS<TOGETHER>, BLOCKS<TOGETHER>)
 #pragma unroll
                 for (int m = 0; m < 3; ++m)
                     Mma<T>::k8(products[m], pixels[b][0], pixels[b][1], columns[m]);
-                T* first = row_of_taps + b / PER_ROW * width + b % PER_ROW * PIXELS;
+                const unsigned first =
+                    row_of_taps + (b / PER_ROW * width + b % PER_ROW * PIXELS) * sizeof(T);
                 float halves[2][2];
 #pragma unroll
                 for (int p = 0; p < 2; ++p) {
@@ -254,13 +256,15 @@ __global__ void __launch_bounds__(THREADS<TOGETHER>, BLOCKS<TOGETHER>)
                 if (b > 0 && b % PER_ROW == 0) __syncwarp();
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
-                    write_pair(first + own_tap[0] + half * 8, first + own_tap[1] + half * 8,
-                               halves[half][0], halves[half][1]);
+                    store_pair(first + own_tap[0] + half * 8 * sizeof(T),
+                               first + own_tap[1] + half * 8 * sizeof(T),
+                               pack<T>(halves[half][0], halves[half][1]), band.inside[0],
+                               band.inside[1]);
             }
             __syncwarp();
             vectors.visit([&](int there, int here) {
                 *reinterpret_cast<Vector<T, V>*>(to + there) =
-                    *reinterpret_cast<const Vector<T, V>*>(row_of_taps + here);
+                    *reinterpret_cast<const Vector<T, V>*>(taps_of_row + here);
             });
         }
     }

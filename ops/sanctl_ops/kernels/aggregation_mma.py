@@ -113,7 +113,7 @@ def forward(window: Window, x: Tensor, w: Tensor, out: Tensor) -> bool:
 def weight_gradient(window: Window, grad: Tensor, x: Tensor, grad_w: Tensor) -> bool:
     """Write the gradient of w as `aggregation.weight_gradient` does; False if these do not fit."""
     tiles = _window_tiles(window, x, passes=1)
-    own = (CHANNELS + 2 * (window.kernel_size + 1)) * WEIGHT_PITCH
+    own = (CHANNELS + 2 * window.kernel_size) * WEIGHT_PITCH
     planes = (grad, strides_argument(grad), x, strides_argument(x), grad_w)
     vectors = (staged_vector(x, MARGIN), staged_vector(grad, 8))
     name = "aggregation_weight_gradient_mma"

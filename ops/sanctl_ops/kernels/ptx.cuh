@@ -119,6 +119,19 @@ __device__ inline unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
+// Stores a half of a pair at each of two shared addresses, unless told not to. Without the branches
+// that a compiler makes of such conditions.
+__device__ inline void store_pair(unsigned first, unsigned second, unsigned pair, bool store_first,
+                                  bool store_second) {
+    asm volatile(
+        "{.reg .pred p, q; .reg .b16 low, high;"
+        "mov.b32 {low, high}, %2; setp.ne.u32 p, %3, 0; setp.ne.u32 q, %4, 0;"
+        "@p st.shared.b16 [%0], low; @q st.shared.b16 [%1], high;}" ::"r"(first),
+        "r"(second), "r"(pair), "r"(static_cast<unsigned>(store_first)),
+        "r"(static_cast<unsigned>(store_second))
+        : "memory");
+}
+
 // Copies V elements, at least 4 bytes, to a shared address, not waiting for them.
 template <int V, typename T>
 __device__ inline void copy_async(unsigned to, const T* from) {

@@ -100,6 +100,15 @@ inline unsigned shared_address(const void* pointer) {
                                  reinterpret_cast<const char*>(shared));
 }
 
+inline void store_pair(unsigned first, unsigned second, unsigned pair, bool store_first,
+                       bool store_second) {
+    char* memory = reinterpret_cast<char*>(shared);
+    const unsigned short halves[2] = {static_cast<unsigned short>(pair),
+                                      static_cast<unsigned short>(pair >> 16)};
+    if (store_first) memcpy(memory + first, &halves[0], 2);
+    if (store_second) memcpy(memory + second, &halves[1], 2);
+}
+
 // Copies arrive when they are waited for, not before: a kernel that reads too early reads NaN.
 struct Copy {
     void* to;
