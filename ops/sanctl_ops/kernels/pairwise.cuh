@@ -299,3 +299,14 @@ template <int N>
 struct Number {
     static constexpr int value = N;
 };
+
+// The largest power of two that is not above x.
+__device__ inline float power_below(float x) {
+    return __uint_as_float(__float_as_uint(x) & 0x7f800000);
+}
+
+// Values and slopes are halves multiplied by powers of two, found from the largest of them: sums of
+// products, of 8 channels, stay in range.
+__device__ inline float value_scale(const float* most) { return power_below(16 / max(*most, 1e-30f)); }
+
+__device__ inline float slope_scale(const float* most) { return power_below(32 / max(*most, 1e-30f)); }

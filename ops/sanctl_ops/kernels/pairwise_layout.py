@@ -6,7 +6,6 @@ from functools import cache
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sanctl_ops.kernels.geometry import DIVISOR, divisor, structure
 
@@ -71,6 +70,11 @@ class Layout:
     def hidden(self) -> int:
         """Channels between the convolutions, padded."""
         return max(self.rel, 8)
+
+    @property
+    def hidden_rows(self) -> int:
+        """Rows of weights by hidden channels, whole blocks of 16."""
+        return max(self.hidden, 16)
 
     @property
     def slabs(self) -> int:
@@ -203,22 +207,3 @@ def tiles_of_share(layout: Layout, cut: Tiles) -> int:
     groups = -(-cut.rows * cut.columns // (GROUP * cut.warps))
     most = max(1, MOST_PRODUCTS // (groups * layout.taps))
     return max(1, min(most, layout.images * cut.of_image // SHARES))
-
-
-def slots_of_relation(layout: Layout, device: torch.device) -> Tensor:
-    """Return where the folded planes have the relation, the two positions and the constant."""
-    base = layout.rel or layout.relation
-    return _indices(layout.relation, base, device)
-
-
-@cache
-def _indices(relation: int, base: int, device: torch.device) -> Tensor:
-    return torch.tensor([*range(relation), base, base + 1, base + 2], device=device)
-
-
-def pack(matrix: Tensor) -> Tensor:
-    """Return a matrix of whole blocks of 8 x 8 as struct Blocks reads it, in halves."""
-    rows, columns = matrix.shape
-    padded = torch.nn.functional.pad(matrix, (0, -columns % 32)).half()
-    blocks = padded.view(rows // 8, 8, -1, 4, 4, 2)
-    return blocks.permute(0, 2, 1, 4, 3, 5).contiguous()

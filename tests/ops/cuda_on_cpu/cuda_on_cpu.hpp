@@ -27,7 +27,7 @@ struct Index {
 };
 
 inline thread_local Index threadIdx, blockIdx;
-inline Index blockDim;
+inline Index blockDim, gridDim;
 
 // As much as a block may have; filled with NaN before each block.
 constexpr size_t SHARED_BYTES = 96 * 1024;
@@ -90,9 +90,16 @@ inline float __uint_as_float(unsigned bits) {
     return value;
 }
 
+inline unsigned __float_as_uint(float value) {
+    unsigned bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
 template <typename Kernel>
 inline void run(unsigned blocks, unsigned threads, Kernel kernel) {
     blockDim.x = threads;
+    gridDim.x = blocks;
     for (unsigned block = 0; block < blocks; ++block) {
         std::fill(std::begin(shared), std::end(shared), std::numeric_limits<double>::quiet_NaN());
         block_barrier = std::make_unique<std::barrier<>>(threads);
