@@ -95,8 +95,8 @@ def test_kernels_compute_what_the_formulas_do(
 
 @pytest.mark.usefixtures("_kernels_on_cpu")
 def test_kernels_of_pairwise_attention(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Channels are padded, weights repeat in a quad of lanes, and the last pixels fill no warp."""
-    case = PairwiseCase("several slots", 12, 4, 5, 7, 3, layout="channels_last")
+    """Channels are padded, weights repeat in a quad of lanes, and the last tile has fewer rows."""
+    case = PairwiseCase("repeated", 12, 4, 9, 15, 3, batch=1, layout="channels_last")
     dtype = torch.bfloat16
     inputs = draw(case).converted("cpu", dtype, torch.float32)
     launched = len(launcher.launched)

@@ -10,6 +10,8 @@ from sanctl_ops.attention import Norm
 from sanctl_ops.kernels.geometry import WARP, divisor_argument, strides_argument
 from sanctl_ops.kernels.pairwise_layout import (
     DTYPES,
+    MANY_CHANNELS_WARPS,
+    MOST_WARPS,
     TAIL,
     Layout,
     Tiles,
@@ -78,11 +80,12 @@ def _bytes(layout: Layout) -> tuple[int, int, int]:
 def _walks(layout: Layout) -> tuple[Tiles | None, ...]:
     """Return the tiles over relations, over keys' relations, over values and over keys' values."""
     relation, values, slopes = _bytes(layout)
+    few = MANY_CHANNELS_WARPS if layout.rel > 16 else MOST_WARPS
     return (
-        tiles(layout, False, relation, MOST_SHARED_BYTES),
-        tiles(layout, True, relation, MOST_SHARED_BYTES),
-        tiles(layout, False, values, MOST_SHARED_BYTES),
-        tiles(layout, True, slopes, MOST_SHARED_BYTES),
+        tiles(layout, False, few, relation, MOST_SHARED_BYTES),
+        tiles(layout, True, few, relation, MOST_SHARED_BYTES),
+        tiles(layout, False, MOST_WARPS, values, MOST_SHARED_BYTES),
+        tiles(layout, True, MOST_WARPS, slopes, MOST_SHARED_BYTES),
     )
 
 

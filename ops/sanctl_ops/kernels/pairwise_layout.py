@@ -27,8 +27,10 @@ BLOCKS = (2, 4, 8)
 KERNEL_SIZES = (3, 5, 7)
 DTYPES = (torch.float16, torch.bfloat16)
 
-# Warps of a block, at most, and products that tensor cores add up before a sum is written.
+# Warps of a block, at most; those of a walk over relations of more than 16 channels; and products
+# that tensor cores add up before a sum is written.
 MOST_WARPS = 8
+MANY_CHANNELS_WARPS = 4
 MOST_PRODUCTS = 256
 # Shares that sums over all pixels are dealt out to, at least, where there are tiles enough.
 SHARES = 1024
@@ -149,6 +151,7 @@ class Tiles:
         rows, columns: of a tile.
         down, across: tiles of an image.
         staged: pixels of a tile and of what its windows reach.
+        warps: of a block.
         argument: struct Tiling.
     """
 
@@ -157,6 +160,7 @@ class Tiles:
     down: int
     across: int
     staged: int
+    warps: int
     argument: np.ndarray
 
     @property
@@ -164,24 +168,22 @@ class Tiles:
         """Tiles of an image."""
         return self.down * self.across
 
-    @property
-    def warps(self) -> int:
-        """Warps of a block."""
-        return min(MOST_WARPS, -(-self.rows * self.columns // GROUP))
-
 
 @cache
-def tiles(layout: Layout, keys: bool, bytes_of_pixel: int, most_bytes: int) -> Tiles | None:
+def tiles(
+    layout: Layout, keys: bool, most_warps: int, bytes_of_pixel: int, most_bytes: int
+) -> Tiles | None:
     """Cut a walk over queries or padded keys into tiles that fit shared memory.
 
     Args:
         layout: the layer.
         keys: whether the walk is over padded keys.
+        most_warps: of a block.
         bytes_of_pixel: what is staged of a pixel.
         most_bytes: shared memory.
 
     Returns:
-        Tiles of at most as many pixels as a block has lanes for, or None if not even one row fits.
+        Tiles of at most MOST_WARPS groups of pixels, or None if not even one row fits.
     """
     more = layout.kernel_size - 1
     height, width = layout.padded if keys else (layout.height, layout.width)
@@ -198,7 +200,9 @@ def tiles(layout: Layout, keys: bool, bytes_of_pixel: int, most_bytes: int) -> T
             fields = (divisor(across), divisor(down), divisor(columns), divisor(columns + more))
             sides = (rows, layout.height, layout.width, layout.images)
             argument = structure((*fields, *sides), TILING)
-            return Tiles(rows, columns, down, across, staged, argument)
+            groups = -(-rows * columns // GROUP)
+            warps = -(-groups // -(-groups // most_warps))
+            return Tiles(rows, columns, down, across, staged, warps, argument)
     return None
 
 

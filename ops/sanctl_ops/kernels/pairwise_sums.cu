@@ -334,9 +334,9 @@ __global__ void __launch_bounds__(256, 2)
             for (int h = 0; h < 2; ++h) {
                 const unsigned exist = pixel[h].row_of_queries(i, tiling) ? columns[h] : 0;
 #pragma unroll
-                for (int j = 0; j < K; ++j, at[h] += walk.next_tap)
-                    logit[j][h] = exist >> j & 1 ? pair_at(slab_logits + at[h]) : NEVER;
-                at[h] += walk.next_row;
+                for (int j = 0; j < K; ++j)
+                    logit[j][h] =
+                        exist >> j & 1 ? pair_at(slab_logits + (at[h] + walk.step(i, j))) : NEVER;
             }
             sums.begin_row();
 #pragma unroll
