@@ -1,7 +1,7 @@
 """Pairwise self-attention as one operator: relation, weights and aggregation."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from sanctl_ops.attention import Attention, Norm
 from sanctl_ops.backend import choose_backend, runs_kernels
 from sanctl_ops.checks import check_alike, check_dtype, check_image, check_window
 from sanctl_ops.kernels import pairwise as kernels
-from sanctl_ops.kernels.pairwise_launches import Planes, Saved, layout_of, obstacle
+from sanctl_ops.kernels.pairwise_launches import Packed, Planes, Saved, layout_of, obstacle
 from sanctl_ops.kernels.pairwise_layout import Layout
 from sanctl_ops.window import Window, accumulation_dtype, empty_planes, plane_format
 
@@ -165,8 +165,24 @@ def _layout(query: Tensor, value: Tensor, weight2: Tensor, kernel_size: int) -> 
     return layout if runs else None
 
 
+# How many of Saved's tensors are empty where there are no kernels: all but the Gram matrix.
+NOT_WITHOUT_KERNELS = 8
+# The output, four statistics, and the tensors of Saved.
 Results = tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
 ]
 
 
@@ -204,7 +220,7 @@ def _pairwise(
     if layout is not None:
         planes = Planes(query, key, position)
         found = kernels.forward(planes, value, norm1, weight1, norm2, weight2, layout)
-        return found[0], *found[1], *_listed(found[2])
+        return cast(Results, (found[0], *found[1], *_listed(found[2])))
     window = _window(kernel_size)
     q, k = formulas.join(query, position), formulas.join(key, position)
     mean1, variance1, mean2, variance2 = norm1.mean, norm1.variance, norm2.mean, norm2.variance
@@ -221,7 +237,8 @@ def _pairwise(
     mean1, variance1, mean2, variance2 = (
         x.to(dtype, copy=True) for x in (mean1, variance1, mean2, variance2)
     )
-    return out, mean1, variance1, mean2, variance2, gram, *_nothing(query)
+    nothing = (query.new_empty(0) for _ in range(NOT_WITHOUT_KERNELS))
+    return cast(Results, (out, mean1, variance1, mean2, variance2, gram, *nothing))
 
 
 def _normalised(
@@ -241,23 +258,16 @@ def _(
     weight2, _, kernel_size = arguments[11:]
     layout = _layout(query, value, weight2, kernel_size)
     gram = query.new_empty(rel + 3, rel + 3, dtype=torch.float64)
-    saved = (gram, *_nothing(query))
+    saved = (gram, *(query.new_empty(0) for _ in range(NOT_WITHOUT_KERNELS)))
     if layout is not None:
         saved = _listed(kernels.empty_saved(query, layout))
     return empty_planes(value), mean1, variance1, mean2, variance2, *saved
 
 
-Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def _listed(saved: Saved) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return saved.gram, saved.folded, saved.affine, saved.logits, saved.log_sums, saved.scale
-
-
-def _nothing(query: Tensor) -> Five:
-    """Return what stands in place of all that kernels.Saved has besides the Gram matrix."""
-    first, second, third, fourth, fifth = (query.new_empty(0) for _ in range(5))
-    return first, second, third, fourth, fifth
+def _listed(saved: Saved) -> tuple[Tensor, ...]:
+    packed = (saved.packed.first, saved.packed.second, saved.packed.back)
+    rest = (saved.logits, saved.log_sums, saved.most_value)
+    return saved.gram, saved.folded, saved.affine, *packed, *rest
 
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -292,9 +302,12 @@ def _pairwise_backward(
     gram: Tensor,
     folded: Tensor,
     affine: Tensor,
+    first: Tensor,
+    second: Tensor,
+    back: Tensor,
     logits: Tensor,
     log_sums: Tensor,
-    scale: Tensor,
+    most_value: Tensor,
     kernel_size: int,
 ) -> Gradients:
     """Return the gradients of query, key, value, position, norm1, weight1, norm2 and weight2."""
@@ -302,9 +315,10 @@ def _pairwise_backward(
     norm2 = Norm(norm_weight2, norm_bias2, mean2, variance2, eps2)
     layout = _layout(query, value, weight2, kernel_size)
     if layout is not None:
-        saved = Saved(gram, folded, affine, logits, log_sums, scale)
+        packed = Packed(first, second, back)
+        saved = Saved(gram, folded, affine, packed, logits, log_sums, most_value)
         planes = Planes(query, key, position)
-        norms, by_batch = (norm1, weight1, norm2, weight2), (by_batch1, by_batch2)
+        norms, by_batch = (norm1, weight1, norm2), (by_batch1, by_batch2)
         found = kernels.backward(grad, planes, value, out, *norms, by_batch, saved, layout)
     else:
         folded1 = _normalised(norm1, mean1, variance1, by_batch1)

@@ -107,6 +107,12 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
         "pairwise_value_gradient": VALUES,
         "pairwise_fold": PAIRWISE_PLANES,
     },
+    "pairwise_weights.cu": {
+        "pairwise_join": [(torch.float32,)],
+        "pairwise_pack": list(itertools.product(pairwise_layout.RELATIONS, FLAGS)),
+        "pairwise_close2": list(itertools.product(pairwise_layout.RELATIONS, FLAGS)),
+        "pairwise_pack_back": [(relation,) for relation in pairwise_layout.RELATIONS],
+    },
     "pairwise_weights_gradient.cu": {"pairwise_weights_gradient": RELATIONS},
     "patchwise_attend.cu": {"patchwise_attend": PATCHWISE},
     "patchwise_fold.cu": {

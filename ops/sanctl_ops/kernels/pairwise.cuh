@@ -32,6 +32,13 @@ constexpr int HIDDEN = REL > 0 ? REL : 8;
 template <int REL>
 constexpr int SLABS = REL > 16 ? REL / 16 : 1;
 
+// Threads of a block that walks over relations, at most, and blocks of a multiprocessor, at least: what
+// many channels take of registers leaves room for few warps, which small blocks fill.
+template <int REL>
+constexpr int RELATION_THREADS = REL > 16 ? 128 : 256;
+template <int REL>
+constexpr int RELATION_BLOCKS = REL == 32 ? 3 : 2;
+
 // How a walk over planes is cut into tiles; laid out as TILING in pairwise.py.
 struct Tiling {
     Divisor across, down;  // tiles of an image
@@ -110,16 +117,15 @@ struct Pixel {
     }
 };
 
-// Where a walk is in what is stored for every tap and query, (K * K, H * W, slots): an offset of a
-// pixel's first tap, and what is added to it from step to step.
+// Where a walk is in what is stored for every tap and query, (K * K, H * W, slots).
 template <int K, bool KEYS>
 struct Walk {
-    unsigned next_tap, next_row;  // the latter behind the last tap of a row
+    unsigned for_tap, for_row;  // what is added for every step, and for every row of them
 
     __device__ Walk(const Tiling& tiling, int slots) {
         const unsigned plane = tiling.height * tiling.width;
-        next_tap = KEYS ? (1 - plane) * slots : plane * slots;
-        next_row = KEYS ? (tiling.width - K) * slots : 0;
+        for_tap = KEYS ? (1 - plane) * slots : plane * slots;
+        for_row = KEYS ? (tiling.width - K) * slots : 0;
     }
 
     // Over keys, the first step is to the query above and left of the key, whose last tap it is.
@@ -128,6 +134,9 @@ struct Walk {
         const unsigned plane = tiling.height * tiling.width;
         return ((K * K - 1) * plane + (pixel.y - K + 1) * tiling.width + pixel.x - K + 1) * slots;
     }
+
+    // What step (i, j) lies behind the first one.
+    __device__ unsigned step(int i, int j) const { return (i * K + j) * for_tap + i * for_row; }
 };
 
 // Hands every pixel of a staged tile to visit(where in the tile, number in the plane, existing).
@@ -299,3 +308,14 @@ template <int N>
 struct Number {
     static constexpr int value = N;
 };
+
+// The largest power of two that is not above x.
+__device__ inline float power_below(float x) {
+    return __uint_as_float(__float_as_uint(x) & 0x7f800000);
+}
+
+// Values and slopes are halves multiplied by powers of two, found from the largest of them: sums of
+// products, of 8 channels, stay in range.
+__device__ inline float value_scale(const float* most) { return power_below(16 / max(*most, 1e-30f)); }
+
+__device__ inline float slope_scale(const float* most) { return power_below(32 / max(*most, 1e-30f)); }

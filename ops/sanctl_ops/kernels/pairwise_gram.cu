@@ -118,7 +118,7 @@ __device__ inline void sum_gram(const Half* query, const Half* key, const Half* 
 // Blocks take `tiles` tiles each; those of all parts of a share follow each other. Partials are
 // (shares, REL + 8, REL + 8), of which the blocks below the diagonal stay as they are.
 template <int REL, int K>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(RELATION_THREADS<REL>, RELATION_BLOCKS<REL>)
     pairwise_gram(const Half* query, const Half* key, const Half* affine, float* partials,
                   Tiling tiling, int tiles, int all_tiles) {
     const int share = blockIdx.x / PARTS<REL>;

@@ -4,19 +4,17 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sanctl_ops import pairwise_formulas as formulas
 from sanctl_ops.attention import Norm
 from sanctl_ops.kernels.geometry import WARP, divisor_argument, strides_argument
 from sanctl_ops.kernels.pairwise_layout import (
     DTYPES,
+    MANY_CHANNELS_WARPS,
+    MOST_WARPS,
     TAIL,
     Layout,
     Tiles,
-    pack,
-    slots_of_relation,
     tiles,
     tiles_of_share,
 )
@@ -27,6 +25,7 @@ PLANES = "pairwise_planes.cu"
 GRAM = "pairwise_gram.cu"
 LOGITS = "pairwise_logits.cu"
 SUMS = "pairwise_sums.cu"
+WEIGHTS = "pairwise_weights.cu"
 WEIGHTS_GRADIENT = "pairwise_weights_gradient.cu"
 RELATION_GRADIENT = "pairwise_relation_gradient.cu"
 
@@ -36,10 +35,9 @@ MOMENTS = 5
 # As in pairwise_gram.cu and pairwise_weights_gradient.cu.
 GRAM_PARTS = {128: 4}
 HIDDEN_ROWS = {32: 2, 64: 2}
-# What values and slopes are scaled to at most: products of them, of 8 channels, stay in halves.
-MOST_VALUE = 16.0
-MOST_SLOPE = 32.0
-MOST_BACK = 1024.0
+# As in pairwise_weights.cu.
+WEIGHTS_THREADS = 128
+JOINING = 512
 
 
 @dataclass(frozen=True)
@@ -55,27 +53,6 @@ class Planes:
         """Return them with their strides."""
         planes = (self.query, self.key, self.position)
         return tuple(a for x in planes for a in (x, strides_argument(x)))
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What the backward pass takes from the forward pass.
-
-    Attributes:
-        gram: the Gram matrix of z, as `pairwise_formulas.gram` returns it.
-        folded: the folded planes of query and key, (2, N, H * W, rel + 8).
-        affine: factors and summands of their last 8 channels.
-        logits: to base 2, (N, slabs, K*K, H * W, slots).
-        log_sums: logarithms to base 2 of the sums of their powers, (N, slabs, H * W, slots).
-        scale: what values are multiplied by where they are halves.
-    """
-
-    gram: Tensor
-    folded: Tensor
-    affine: Tensor
-    logits: Tensor
-    log_sums: Tensor
-    scale: Tensor
 
 
 def layout_of(query: Tensor, value: Tensor, weights: int, kernel_size: int) -> Layout:
@@ -103,11 +80,12 @@ def _bytes(layout: Layout) -> tuple[int, int, int]:
 def _walks(layout: Layout) -> tuple[Tiles | None, ...]:
     """Return the tiles over relations, over keys' relations, over values and over keys' values."""
     relation, values, slopes = _bytes(layout)
+    few = MANY_CHANNELS_WARPS if layout.rel > 16 else MOST_WARPS
     return (
-        tiles(layout, False, relation, MOST_SHARED_BYTES),
-        tiles(layout, True, relation, MOST_SHARED_BYTES),
-        tiles(layout, False, values, MOST_SHARED_BYTES),
-        tiles(layout, True, slopes, MOST_SHARED_BYTES),
+        tiles(layout, False, few, relation, MOST_SHARED_BYTES),
+        tiles(layout, True, few, relation, MOST_SHARED_BYTES),
+        tiles(layout, False, MOST_WARPS, values, MOST_SHARED_BYTES),
+        tiles(layout, True, MOST_WARPS, slopes, MOST_SHARED_BYTES),
     )
 
 
@@ -146,9 +124,9 @@ def fold(
         THREADS * 3 * 8,
     )
     running = mean is not None and variance is not None
-    statistics = torch.empty(2, relation + 2, device=device)
+    statistics = [torch.empty(relation + 2, device=device) for _ in range(2)]
     if mean is not None and variance is not None:
-        statistics = torch.stack((mean, variance)).float()
+        statistics = [x.to(torch.float32, copy=True) for x in (mean, variance)]
     constants = torch.empty(relation + 2, 2, device=device)
     affine = torch.empty(2 * TAIL, dtype=torch.float16, device=device)
     launch(
@@ -157,7 +135,7 @@ def fold(
         relation + 2,
         THREADS,
         (
-            *(moments, weight.float().contiguous(), bias.float().contiguous()),
+            *(moments, wide(weight), wide(bias)),
             *(statistics[0], statistics[1], constants, affine, float(eps), float(layout.terms)),
             *(*sizes, parts),
         ),
@@ -175,11 +153,11 @@ def fold(
             *(divisor_argument(layout.width), divisor_argument(layout.height), *sizes, parts),
         ),
     )
-    return folded, affine, statistics[0].clone(), statistics[1].clone()
+    return folded, affine, statistics[0], statistics[1]
 
 
 def gram(folded: Tensor, affine: Tensor, layout: Layout) -> Tensor:
-    """Return the Gram matrix of z with a constant 1 behind it, in float64."""
+    """Return the upper half of the Gram matrix of z, of all slots and in float64."""
     cut = _walk(layout, 0)
     each = tiles_of_share(layout, cut)
     all_tiles = layout.images * cut.of_image
@@ -196,30 +174,99 @@ def gram(folded: Tensor, affine: Tensor, layout: Layout) -> Tensor:
         (folded[0], folded[1], affine, partials, cut.argument, each, all_tiles),
         max(cut.staged * 2 * size, joined),
     )
-    upper = partials.sum(0, dtype=torch.float64).triu()
-    found = upper + upper.triu(1).T
-    slots = slots_of_relation(layout, folded.device)
-    return found[slots][:, slots]
+    return _join(partials)
 
 
-def weigh(
-    folded: Tensor, affine: Tensor, layers: formulas.Layers, layout: Layout
-) -> tuple[Tensor, Tensor]:
+def _join(partials: Tensor) -> Tensor:
+    """Sum up over the first dimension in float64, in a fixed order."""
+    sums = partials.new_empty(partials.shape[1:], dtype=torch.float64)
+    elements = sums.numel()
+    launch(
+        kernel(WEIGHTS, "pairwise_join", torch.float32),
+        partials.device,
+        -(-elements // WARP),
+        JOINING,
+        (partials, sums, partials.shape[0], elements),
+        JOINING * 8,
+    )
+    return sums
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Weights as the passes read them.
+
+    Attributes:
+        first: of the first convolution with the second normalisation, by hidden channels.
+        second: of the second convolution, by weight channels, for logits to base 2.
+        back: of the second convolution, by hidden channels.
+    """
+
+    first: Tensor
+    second: Tensor
+    back: Tensor
+
+
+def empty_packed(like: Tensor, layout: Layout) -> Packed:
+    """Return packed weights whose values are left open."""
+
+    def packed(rows: int, columns: int) -> Tensor:
+        return like.new_empty(rows * -(-columns // 32) * 32, dtype=torch.float16)
+
+    first = packed(layout.hidden_rows, layout.size)
+    second = packed(8 * layout.slabs, layout.hidden)
+    return Packed(first, second, packed(layout.hidden_rows, 8 * layout.slabs))
+
+
+def pack(
+    sums: Tensor | None, weight1: Tensor, weight2: Tensor, norm: Norm, layout: Layout
+) -> tuple[Packed, Tensor, Tensor, Tensor]:
+    """Pack the weights, by the Gram matrix from `gram` or, without, by running statistics.
+
+    Returns:
+        The packed weights, the Gram matrix as `pairwise_formulas.gram` returns it (left open
+        without sums), and the mean and variance that the second normalisation goes by.
+    """
+    device, side, running = weight1.device, layout.relation + 3, sums is None
+    found = torch.empty(side, side, dtype=torch.float64, device=device)
+    mean, variance = (torch.empty(layout.relation, device=device) for _ in range(2))
+    if norm.mean is not None and norm.variance is not None:
+        mean.copy_(norm.mean)
+        variance.copy_(norm.variance)
+    packed = empty_packed(weight1, layout)
+    launch(
+        kernel(WEIGHTS, "pairwise_pack", layout.rel, running),
+        device,
+        layout.hidden_rows,
+        WEIGHTS_THREADS,
+        (
+            *(found if sums is None else sums, wide(weight1), wide(weight2)),
+            *(wide(norm.weight), wide(norm.bias), mean, variance, found),
+            *(packed.first, packed.second, packed.back, float(norm.eps)),
+            *(layout.relation, layout.weights),
+        ),
+        WEIGHTS_THREADS * 8,
+    )
+    return packed, found, mean, variance
+
+
+def wide(values: Tensor) -> Tensor:
+    """Return values in float32, dense."""
+    return values.float().contiguous()
+
+
+def weigh(folded: Tensor, affine: Tensor, packed: Packed, layout: Layout) -> tuple[Tensor, Tensor]:
     """Return the logits and the logarithms of the sums of their powers."""
     cut, device = _walk(layout, 0), folded.device
     logits = torch.empty(layout.logits_shape, dtype=torch.float16, device=device)
     sums = torch.empty(layout.images, layout.slabs, layout.plane, layout.slots, device=device)
-    weight2 = layers.weight2.double() * math.log2(math.e)
-    rows = 8 * layout.slabs
-    weight2 = weight2.repeat(rows // layout.weights, 1)
-    weight2 = F.pad(weight2, (0, layout.hidden - layout.relation))
     launch(
         kernel(LOGITS, "pairwise_logits", layout.rel, layout.kernel_size),
         device,
         layout.images * cut.of_image,
         cut.warps * WARP,
         (
-            *(folded[0], folded[1], affine, _packed_weight1(layers, layout), pack(weight2)),
+            *(folded[0], folded[1], affine, packed.first, packed.second),
             *(logits, sums, cut.argument, layout.slots),
         ),
         cut.staged * 2 * layout.size,
@@ -227,19 +274,27 @@ def weigh(
     return logits, sums
 
 
-def _packed_weight1(layers: formulas.Layers, layout: Layout) -> Tensor:
-    """Return the first convolution with the second normalisation, by hidden channels."""
-    weight = layers.norm2.scale[:, None] * layers.weight1
-    joined = torch.cat((weight, layers.norm2.shift[:, None]), 1)
-    full = joined.new_zeros(max(16, layout.hidden), layout.size)
-    full[: layout.relation].index_copy_(1, slots_of_relation(layout, full.device), joined)
-    return pack(full)
+@dataclass(frozen=True)
+class Saved:
+    """What the backward pass takes from the forward pass.
 
+    Attributes:
+        gram: the Gram matrix of z, as `pairwise_formulas.gram` returns it.
+        folded: the folded planes of query and key, (2, N, H * W, rel + 8).
+        affine: factors and summands of their last 8 channels.
+        packed: the weights.
+        logits: to base 2, (N, slabs, K*K, H * W, slots).
+        log_sums: logarithms to base 2 of the sums of their powers, (N, slabs, H * W, slots).
+        most_value: the largest value, disregarding signs, (1,).
+    """
 
-def _packed_weight2(layers: formulas.Layers, layout: Layout) -> Tensor:
-    """Return the second convolution transposed, by hidden channels."""
-    more = (0, 8 * layout.slabs - layout.weights, 0, max(16, layout.hidden) - layout.relation)
-    return pack(F.pad(layers.weight2.T, more))
+    gram: Tensor
+    folded: Tensor
+    affine: Tensor
+    packed: Packed
+    logits: Tensor
+    log_sums: Tensor
+    most_value: Tensor
 
 
 def rows_of(planes: Tensor) -> Tensor:
@@ -248,37 +303,36 @@ def rows_of(planes: Tensor) -> Tensor:
     return rows if rows.data_ptr() % 16 == 0 else rows.clone()
 
 
-def scale_of(planes: Tensor, most: float) -> Tensor:
-    """Return a power of two that brings planes to `most` at most, (1,)."""
-    largest = torch.linalg.vector_norm(planes, math.inf, dtype=torch.float32).clamp_min(1e-30)
-    return torch.exp2(torch.floor(torch.log2(most / largest))).view(1)
+def largest(planes: Tensor) -> Tensor:
+    """Return the largest value, disregarding signs, (1,)."""
+    return torch.linalg.vector_norm(planes, math.inf, dtype=torch.float32).view(1)
 
 
 def aggregate(value: Tensor, saved: Saved, layout: Layout) -> Tensor:
     """Return the weighted sums of values (N, H, W, C), laid out alike."""
     cut, out = _walk(layout, 2), torch.empty_like(value)
-    scales = torch.cat((saved.scale, saved.scale))
-    sums = (saved.logits, saved.log_sums, value, out, scales)
+    sums = (saved.logits, saved.log_sums, value, out, saved.most_value)
     _launch_sums("pairwise_aggregate", layout, cut, value, sums, _bytes(layout)[1])
     return out
 
 
 def logits_gradient(
-    grad: Tensor, value: Tensor, out: Tensor, saved: Saved, scales: Tensor, layout: Layout
+    grad: Tensor, value: Tensor, out: Tensor, saved: Saved, most_slope: Tensor, layout: Layout
 ) -> Tensor:
-    """Return the gradient of the natural logits, multiplied by both scales; planes by rows."""
+    """Return the gradient of the natural logits, scaled; planes come by rows."""
     cut, grad_logits = _walk(layout, 2), torch.empty_like(saved.logits)
-    sums = (grad, saved.logits, saved.log_sums, value, out, grad_logits, scales)
+    most = (saved.most_value, most_slope)
+    sums = (grad, saved.logits, saved.log_sums, value, out, grad_logits, *most)
     name = "pairwise_logits_gradient"
     _launch_sums(name, layout, cut, value, sums, _bytes(layout)[1], (layout.slots,))
     return grad_logits
 
 
-def value_gradient(grad: Tensor, saved: Saved, scales: Tensor, layout: Layout) -> Tensor:
+def value_gradient(grad: Tensor, saved: Saved, most_slope: Tensor, layout: Layout) -> Tensor:
     """Return the gradient of the values, by rows as grad is."""
     cut, device = _walk(layout, 3), grad.device
     padded = torch.empty(layout.images, *layout.padded, layout.channels, device=device)
-    sums = (grad, saved.logits, saved.log_sums, padded, scales)
+    sums = (grad, saved.logits, saved.log_sums, padded, most_slope)
     _launch_sums("pairwise_value_gradient", layout, cut, grad, sums, _bytes(layout)[2])
     folded = torch.empty_like(grad)
     launch(
@@ -320,85 +374,120 @@ def _launch_sums(
     )
 
 
-def weight_sums(
-    saved: Saved, grad_logits: Tensor, layers: formulas.Layers, layout: Layout
-) -> tuple[Tensor, Tensor]:
-    """Return what `close2` takes as sums, and the gradient of weight2, scaled as grad_logits."""
+def weight_sums(saved: Saved, grad_logits: Tensor, layout: Layout) -> Tensor:
+    """Return sums for the gradients of both convolutions, by padded hidden channels, scaled."""
     cut, device = _walk(layout, 0), grad_logits.device
     each = tiles_of_share(layout, cut)
     all_tiles = layout.images * cut.of_image
     shares, rows = -(-all_tiles // each), HIDDEN_ROWS.get(layout.rel, 1) * 16
-    hidden = max(16, layout.hidden)
-    wide = layout.size + 8 * layout.slabs
-    partials = torch.empty(shares, hidden, wide, device=device)
+    columns = layout.size + 8 * layout.slabs
+    partials = torch.empty(shares, layout.hidden_rows, columns, device=device)
     launch(
         kernel(WEIGHTS_GRADIENT, "pairwise_weights_gradient", layout.rel, layout.kernel_size),
         device,
-        shares * (hidden // rows),
+        shares * (layout.hidden_rows // rows),
         cut.warps * WARP,
         (
-            *(saved.folded[0], saved.folded[1], saved.affine, _packed_weight1(layers, layout)),
-            *(_packed_weight2(layers, layout), grad_logits, partials, cut.argument),
+            *(saved.folded[0], saved.folded[1], saved.affine, saved.packed.first),
+            *(saved.packed.back, grad_logits, partials, cut.argument),
             *(layout.slots, each, all_tiles),
         ),
-        max(cut.staged * 2 * layout.size, rows * wide * 4),
+        max(cut.staged * 2 * layout.size, rows * columns * 4),
     )
-    found = partials.sum(0, dtype=torch.float64)[: layout.relation]
-    slots = slots_of_relation(layout, device)
-    return found[:, slots], found[:, layout.size : layout.size + layout.weights].T
+    return _join(partials)
+
+
+@dataclass(frozen=True)
+class Closing:
+    """Gradients of the second normalisation and of the convolutions, and what leads on to z.
+
+    Attributes:
+        weight: gradient of the normalisation's scale.
+        bias: gradient of its shift.
+        weight1: gradient of the first convolution.
+        weight2: gradient of the second one.
+        back: what the gradient of z takes of that of the hidden channels and of z, packed.
+        unscale: what undoes the scale of that, (1,).
+    """
+
+    weight: Tensor
+    bias: Tensor
+    weight1: Tensor
+    weight2: Tensor
+    back: Tensor
+    unscale: Tensor
+
+
+def close2(
+    sums: Tensor,
+    saved: Saved,
+    most_slope: Tensor,
+    weight1: Tensor,
+    norm: Norm,
+    by_batch: bool,
+    layout: Layout,
+) -> Closing:
+    """Close the backward pass of the second normalisation by the sums of `weight_sums`."""
+    assert norm.mean is not None
+    assert norm.variance is not None
+    device, relation = sums.device, layout.relation
+    weight1 = wide(weight1)
+    weight, bias = (torch.empty(relation, device=device) for _ in range(2))
+    grad1 = torch.empty(relation, relation + 2, device=device)
+    grad2 = torch.empty(layout.weights, relation, device=device)
+    factors = torch.empty(relation, 3, dtype=torch.float64, device=device)
+    most = (saved.most_value, most_slope)
+    launch(
+        kernel(WEIGHTS, "pairwise_close2", layout.rel, by_batch),
+        device,
+        relation,
+        WEIGHTS_THREADS,
+        (
+            *(sums, saved.gram, *most, weight1, wide(norm.weight), wide(norm.mean)),
+            *(wide(norm.variance), weight, bias, grad1, grad2, factors),
+            *(float(norm.eps), float(layout.terms), relation, layout.weights),
+        ),
+        WEIGHTS_THREADS * 8,
+    )
+    columns = -(-(layout.hidden + layout.size) // 32) * 32
+    back = torch.empty(layout.size * columns, dtype=torch.float16, device=device)
+    unscale = torch.empty(1, device=device)
+    launch(
+        kernel(WEIGHTS, "pairwise_pack_back", layout.rel),
+        device,
+        layout.size,
+        WEIGHTS_THREADS,
+        (factors, *most, weight1, back, unscale, relation),
+        WEIGHTS_THREADS * 8,
+    )
+    return Closing(weight, bias, grad1, grad2, back, unscale)
 
 
 def relation_sums(
-    saved: Saved,
-    grad_logits: Tensor,
-    layers: formulas.Layers,
-    closing: formulas.Closing,
-    scale: Tensor,
-    layout: Layout,
+    saved: Saved, grad_logits: Tensor, closing: Closing, layout: Layout
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient behind norm1 summed over queries' taps and, negative, padded keys'.
-
-    `scale` is that of grad_logits, in float64.
-    """
+    """Return the gradient behind norm1 summed over queries' taps and, negative, padded keys'."""
     device = grad_logits.device
-    back, unscale = _packed_back(closing, scale, layout)
-    weights = (_packed_weight1(layers, layout), _packed_weight2(layers, layout), back)
+    weights = (saved.packed.first, saved.packed.back, closing.back)
     found = []
     for keys in (False, True):
         cut = _walk(layout, int(keys))
         pixels = math.prod(layout.padded) if keys else layout.plane
         grad = torch.empty(layout.images, pixels, layout.size, device=device)
+        parameters = (layout.rel, layout.kernel_size, keys)
         launch(
-            kernel(
-                RELATION_GRADIENT,
-                "pairwise_relation_gradient",
-                layout.rel,
-                layout.kernel_size,
-                keys,
-            ),
+            kernel(RELATION_GRADIENT, "pairwise_relation_gradient", *parameters),
             device,
             layout.images * cut.of_image,
             cut.warps * WARP,
             (
                 *(saved.folded[0], saved.folded[1], saved.affine, *weights, grad_logits),
-                *(unscale, grad, cut.argument, layout.slots),
+                *(closing.unscale, grad, cut.argument, layout.slots),
             ),
             cut.staged * 2 * layout.size,
         )
         found.append(grad)
     return found[0], found[1]
-
-
-def _packed_back(closing: formulas.Closing, scale: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Return what makes dz of g2 and z, by channels of z, and what undoes its scale."""
-    slots = slots_of_relation(layout, scale.device)
-    of_z = torch.cat((closing.indirect, closing.constant[None])).T * -scale
-    largest = torch.maximum(closing.direct.abs().amax(), of_z.abs().amax()).clamp_min(1e-30)
-    power = torch.exp2(torch.floor(torch.log2(MOST_BACK / largest)))
-    full = of_z.new_zeros(layout.size, layout.hidden + layout.size)
-    full[slots[:-1], : layout.relation] = closing.direct.T * power
-    full[slots[:-1, None], layout.hidden + slots] = of_z * power
-    return pack(full), (1 / (power * scale)).float().view(1)
 
 
 @dataclass(frozen=True)
@@ -428,7 +517,7 @@ def close(
     assert norm.variance is not None
     device, relation = planes.query.device, layout.relation
     parts = -(-layout.padded[1] // (THREADS // relation))
-    mean, variance = (x.float().contiguous() for x in (norm.mean, norm.variance))
+    mean, variance = wide(norm.mean), wide(norm.variance)
     base = layout.rel or relation
     positions = [
         x[..., base : base + 2].sum(0, dtype=torch.float64).float().contiguous() for x in sums
@@ -455,7 +544,7 @@ def close(
         relation + 2,
         THREADS,
         (
-            *(totals, norm.weight.float().contiguous(), mean, variance, grad_weight, grad_bias),
+            *(totals, wide(norm.weight), mean, variance, grad_weight, grad_bias),
             *(constants, float(norm.eps), float(layout.terms), layout.images, relation, parts),
         ),
         THREADS * 2 * 8,

@@ -6,7 +6,6 @@ from functools import cache
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sanctl_ops.kernels.geometry import DIVISOR, divisor, structure
 
@@ -28,8 +27,10 @@ BLOCKS = (2, 4, 8)
 KERNEL_SIZES = (3, 5, 7)
 DTYPES = (torch.float16, torch.bfloat16)
 
-# Warps of a block, at most, and products that tensor cores add up before a sum is written.
+# Warps of a block, at most; those of a walk over relations of more than 16 channels; and products
+# that tensor cores add up before a sum is written.
 MOST_WARPS = 8
+MANY_CHANNELS_WARPS = 4
 MOST_PRODUCTS = 256
 # Shares that sums over all pixels are dealt out to, at least, where there are tiles enough.
 SHARES = 1024
@@ -71,6 +72,11 @@ class Layout:
     def hidden(self) -> int:
         """Channels between the convolutions, padded."""
         return max(self.rel, 8)
+
+    @property
+    def hidden_rows(self) -> int:
+        """Rows of weights by hidden channels, whole blocks of 16."""
+        return max(self.hidden, 16)
 
     @property
     def slabs(self) -> int:
@@ -145,6 +151,7 @@ class Tiles:
         rows, columns: of a tile.
         down, across: tiles of an image.
         staged: pixels of a tile and of what its windows reach.
+        warps: of a block.
         argument: struct Tiling.
     """
 
@@ -153,6 +160,7 @@ class Tiles:
     down: int
     across: int
     staged: int
+    warps: int
     argument: np.ndarray
 
     @property
@@ -160,24 +168,22 @@ class Tiles:
         """Tiles of an image."""
         return self.down * self.across
 
-    @property
-    def warps(self) -> int:
-        """Warps of a block."""
-        return min(MOST_WARPS, -(-self.rows * self.columns // GROUP))
-
 
 @cache
-def tiles(layout: Layout, keys: bool, bytes_of_pixel: int, most_bytes: int) -> Tiles | None:
+def tiles(
+    layout: Layout, keys: bool, most_warps: int, bytes_of_pixel: int, most_bytes: int
+) -> Tiles | None:
     """Cut a walk over queries or padded keys into tiles that fit shared memory.
 
     Args:
         layout: the layer.
         keys: whether the walk is over padded keys.
+        most_warps: of a block.
         bytes_of_pixel: what is staged of a pixel.
         most_bytes: shared memory.
 
     Returns:
-        Tiles of at most as many pixels as a block has lanes for, or None if not even one row fits.
+        Tiles of at most MOST_WARPS groups of pixels, or None if not even one row fits.
     """
     more = layout.kernel_size - 1
     height, width = layout.padded if keys else (layout.height, layout.width)
@@ -194,7 +200,9 @@ def tiles(layout: Layout, keys: bool, bytes_of_pixel: int, most_bytes: int) -> T
             fields = (divisor(across), divisor(down), divisor(columns), divisor(columns + more))
             sides = (rows, layout.height, layout.width, layout.images)
             argument = structure((*fields, *sides), TILING)
-            return Tiles(rows, columns, down, across, staged, argument)
+            groups = -(-rows * columns // GROUP)
+            warps = -(-groups // -(-groups // most_warps))
+            return Tiles(rows, columns, down, across, staged, warps, argument)
     return None
 
 
@@ -203,22 +211,3 @@ def tiles_of_share(layout: Layout, cut: Tiles) -> int:
     groups = -(-cut.rows * cut.columns // (GROUP * cut.warps))
     most = max(1, MOST_PRODUCTS // (groups * layout.taps))
     return max(1, min(most, layout.images * cut.of_image // SHARES))
-
-
-def slots_of_relation(layout: Layout, device: torch.device) -> Tensor:
-    """Return where the folded planes have the relation, the two positions and the constant."""
-    base = layout.rel or layout.relation
-    return _indices(layout.relation, base, device)
-
-
-@cache
-def _indices(relation: int, base: int, device: torch.device) -> Tensor:
-    return torch.tensor([*range(relation), base, base + 1, base + 2], device=device)
-
-
-def pack(matrix: Tensor) -> Tensor:
-    """Return a matrix of whole blocks of 8 x 8 as struct Blocks reads it, in halves."""
-    rows, columns = matrix.shape
-    padded = torch.nn.functional.pad(matrix, (0, -columns % 32)).half()
-    blocks = padded.view(rows // 8, 8, -1, 4, 4, 2)
-    return blocks.permute(0, 2, 1, 4, 3, 5).contiguous()

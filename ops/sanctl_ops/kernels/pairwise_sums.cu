@@ -119,12 +119,12 @@ struct ValueSums {
     }
 };
 
-// `value` and `out` are (N, H * W, channels); `scales` are those of values and slopes.
+// `value` and `out` are (N, H * W, channels); *most_value is the largest value, disregarding signs.
 template <typename T, int BLOCKS, int K>
 __global__ void __launch_bounds__(256, 2)
     pairwise_aggregate(const Half* logits, const float* log_sums, const T* value, T* out,
-                       const float* scales, Tiling tiling, Divisor slabs, int slots, int channels,
-                       int step) {
+                       const float* most_value, Tiling tiling, Divisor slabs, int slots,
+                       int channels, int step) {
     constexpr int PITCH = BLOCKS * 8 + 8;
     extern __shared__ double shared[];
     Half* staged = reinterpret_cast<Half*>(shared);
@@ -134,7 +134,8 @@ __global__ void __launch_bounds__(256, 2)
     const int slab = slabs.divide(tile);
     const Place place(tile, tiling);
     const Channels own(channels, step, slab, slots, lane);
-    stage_values<T, BLOCKS, K, false>(value, scales[0], staged, place, tiling, channels, step, slab);
+    const float scale = value_scale(most_value);
+    stage_values<T, BLOCKS, K, false>(value, scale, staged, place, tiling, channels, step, slab);
     const long long slab_number = static_cast<long long>(place.n) * slabs.divisor + slab;
 #pragma unroll 1
     for (int first = threadIdx.x / 32 * GROUP; first < pixels; first += blockDim.x / 32 * GROUP) {
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(256, 2)
             }
             sums.end_row();
         }
-        const float unscale = 1 / scales[0];
+        const float unscale = 1 / scale;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             if (!exists[h]) continue;
@@ -204,8 +205,8 @@ __device__ inline float sum_of_quad(float value) {
 template <typename T, int BLOCKS, int K, int SLOTS>
 __global__ void __launch_bounds__(256, 2)
     pairwise_logits_gradient(const T* grad, const Half* logits, const float* log_sums,
-                             const T* value, const T* out, Half* grad_logits, const float* scales,
-                             Tiling tiling, Divisor slabs, int channels, int step) {
+                             const T* value, const T* out, Half* grad_logits,
+                             const float* most_value, const float* most_slope, Tiling tiling, Divisor slabs, int channels, int step) {
     constexpr int slots = SLOTS, PITCH = BLOCKS * 8 + 8;
     extern __shared__ double shared[];
     Half* staged = reinterpret_cast<Half*>(shared);
@@ -215,7 +216,9 @@ __global__ void __launch_bounds__(256, 2)
     const int slab = slabs.divide(tile);
     const Place place(tile, tiling);
     const Channels own(channels, step, slab, slots, lane);
-    stage_values<T, BLOCKS, K, false>(value, scales[0], staged, place, tiling, channels, step, slab);
+    const float scale_of_slopes = slope_scale(most_slope);
+    const float scale = value_scale(most_value);
+    stage_values<T, BLOCKS, K, false>(value, scale, staged, place, tiling, channels, step, slab);
     const long long slab_number = static_cast<long long>(place.n) * slabs.divisor + slab;
 #pragma unroll 1
     for (int first = threadIdx.x / 32 * GROUP; first < pixels; first += blockDim.x / 32 * GROUP) {
@@ -240,8 +243,8 @@ __global__ void __launch_bounds__(256, 2)
                 load<2>(out + at + b * step, sum);
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    slope[e] *= scales[1];
-                    delta[h][e] += slope[e] * (sum[e] * scales[0]);
+                    slope[e] *= scale_of_slopes;
+                    delta[h][e] += slope[e] * (sum[e] * scale);
                 }
                 slopes[b][h] = pack<Half>(slope[0], slope[1]);
             }
@@ -285,7 +288,7 @@ __global__ void __launch_bounds__(256, 2)
 template <typename T, int BLOCKS, int K>
 __global__ void __launch_bounds__(256, 2)
     pairwise_value_gradient(const T* grad, const Half* logits, const float* log_sums, float* padded,
-                            const float* scales, Tiling tiling, Divisor slabs, int slots,
+                            const float* most_slope, Tiling tiling, Divisor slabs, int slots,
                             int channels, int step) {
     constexpr int PITCH = BLOCKS * 8 + 8;
     extern __shared__ double shared[];
@@ -305,7 +308,8 @@ __global__ void __launch_bounds__(256, 2)
             copy_or_clear<2>(staged_sums + at * slots + s,
                              log_sums + (slab_number * plane + number) * slots + s, exists);
     });
-    stage_values<T, BLOCKS, K, true>(grad, scales[1], staged, place, tiling, channels, step, slab);
+    const float scale = slope_scale(most_slope);
+    stage_values<T, BLOCKS, K, true>(grad, scale, staged, place, tiling, channels, step, slab);
 #pragma unroll 1
     for (int first = threadIdx.x / 32 * GROUP; first < pixels; first += blockDim.x / 32 * GROUP) {
         const Pixel<K, true> of_row(first + lane % 16, place, tiling);
@@ -330,9 +334,9 @@ __global__ void __launch_bounds__(256, 2)
             for (int h = 0; h < 2; ++h) {
                 const unsigned exist = pixel[h].row_of_queries(i, tiling) ? columns[h] : 0;
 #pragma unroll
-                for (int j = 0; j < K; ++j, at[h] += walk.next_tap)
-                    logit[j][h] = exist >> j & 1 ? pair_at(slab_logits + at[h]) : NEVER;
-                at[h] += walk.next_row;
+                for (int j = 0; j < K; ++j)
+                    logit[j][h] =
+                        exist >> j & 1 ? pair_at(slab_logits + (at[h] + walk.step(i, j))) : NEVER;
             }
             sums.begin_row();
 #pragma unroll
@@ -349,7 +353,7 @@ __global__ void __launch_bounds__(256, 2)
             }
             sums.end_row();
         }
-        const float unscale = 1 / scales[1];
+        const float unscale = 1 / scale;
         const int padded_plane = (tiling.height + K - 1) * (tiling.width + K - 1);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {

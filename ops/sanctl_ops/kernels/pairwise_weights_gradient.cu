@@ -41,7 +41,7 @@ struct Hidden {
 // `partials` are (shares, 16 * ROWS * PARTS, REL + 8 + SLABS * 8). Rows of blocks of weights1 and of
 // weights2, transposed, are hidden channels.
 template <int REL, int K>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(RELATION_THREADS<REL>, RELATION_BLOCKS<REL>)
     pairwise_weights_gradient(const Half* query, const Half* key, const Half* affine,
                               const Half* weights1, const Half* weights2, const Half* grad_logits,
                               float* partials, Tiling tiling, int slots, int tiles, int all_tiles) {
@@ -81,17 +81,28 @@ __global__ void __launch_bounds__(256)
                               static_cast<long long>(place.n) * SLABS<REL> * K * K * plane * slots +
                               lane % 4 * 2;
             const unsigned slab = K * K * plane * slots;
+            unsigned next[SLABS<REL>][2];
+            // Reads a tap's slopes ahead of their use.
+            const auto fetch = [&](bool exists) {
+#pragma unroll
+                for (int s = 0; s < SLABS<REL>; ++s)
+#pragma unroll
+                    for (int h = 0; h < 2; ++h)
+                        next[s][h] =
+                            mine[h] && exists ? pair_at(tap + (s * slab + number[h] * slots)) : 0;
+                tap += plane * slots;
+            };
+            fetch(true);
 #pragma unroll 1
             for (int i = 0; i < K; ++i)
 #pragma unroll(REL <= 16 ? K : 1)
-                for (int j = 0; j < K; ++j, tap += plane * slots) {
+                for (int j = 0; j < K; ++j) {
                     unsigned slopes[SLABS<REL>][2], z[CHUNKS<REL>][2];
 #pragma unroll
                     for (int s = 0; s < SLABS<REL>; ++s)
 #pragma unroll
-                        for (int h = 0; h < 2; ++h)
-                            slopes[s][h] =
-                                mine[h] ? pair_at(tap + (s * slab + number[h] * slots)) : 0;
+                        for (int h = 0; h < 2; ++h) slopes[s][h] = next[s][h];
+                    fetch(i + 1 < K || j + 1 < K);
                     relation.compute((i * tiling.staged.divisor + j) * SIZE * 2, z);
                     Hidden hidden[ROWS<REL>];
 #pragma unroll

@@ -27,7 +27,7 @@ struct Index {
 };
 
 inline thread_local Index threadIdx, blockIdx;
-inline Index blockDim;
+inline Index blockDim, gridDim;
 
 // As much as a block may have; filled with NaN before each block.
 constexpr size_t SHARED_BYTES = 96 * 1024;
@@ -96,14 +96,10 @@ inline unsigned __float_as_uint(float value) {
     return bits;
 }
 
-inline float __shfl_xor_sync(unsigned, float value, int apart) {
-    const auto all = exchange(std::array{__float_as_uint(value)});
-    return __uint_as_float(all[threadIdx.x % 32 ^ apart][0]);
-}
-
 template <typename Kernel>
 inline void run(unsigned blocks, unsigned threads, Kernel kernel) {
     blockDim.x = threads;
+    gridDim.x = blocks;
     for (unsigned block = 0; block < blocks; ++block) {
         std::fill(std::begin(shared), std::end(shared), std::numeric_limits<double>::quiet_NaN());
         block_barrier = std::make_unique<std::barrier<>>(threads);
