@@ -88,6 +88,14 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
         "patchwise_spread": [(torch.float32, k) for k in SAME_KERNEL_SIZES],
     },
     "patchwise_hidden.cu": {"patchwise_hidden": PATCHWISE},
+    "patchwise_narrow.cu": {
+        name: [(dtype,) for dtype in patchwise_plan.DTYPES]
+        for name in (
+            "patchwise_attend_narrow",
+            "patchwise_value_gradient_narrow",
+            "patchwise_slopes_narrow",
+        )
+    },
     "patchwise_planes.cu": {
         "patchwise_image_moments": [(dtype,) for dtype in patchwise_plan.DTYPES],
         "patchwise_moments": FLOAT,

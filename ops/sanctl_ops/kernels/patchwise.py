@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sanctl_ops.attention import Norm
+from sanctl_ops.kernels import patchwise_narrow as narrow
 from sanctl_ops.kernels import patchwise_plan as plan
 from sanctl_ops.kernels.geometry import WARP
 from sanctl_ops.kernels.patchwise_fold import (
@@ -136,7 +137,7 @@ def hidden_statistics(sizes: Sizes, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 def rectified(sizes: Sizes, hidden: Tensor, norm: Known) -> Tensor:
     """Return hidden values normalised and rectified, as halves, filled up to whole tiles."""
-    pixels, width = sizes.images * sizes.pixels, sizes.hidden_width
+    pixels, width = sizes.images * sizes.pixels, sizes.rectified_width
     out = hidden.new_empty(pixels * width, dtype=torch.float16)
     pairs = pixels * width // 2
     launch(
@@ -156,10 +157,12 @@ def rectified(sizes: Sizes, hidden: Tensor, norm: Known) -> Tensor:
     return out
 
 
-def attend(
-    sizes: Sizes, value: Tensor, rectified: Tensor, second: Tensor, biases: Tensor, out: Tensor
-) -> None:
-    """Write the weighed values; `out` is channels_last."""
+def attend(sizes: Sizes, value: Tensor, rectified: Tensor, layer: Parameters) -> Tensor:
+    """Return the weighed values, channels_last."""
+    if sizes.narrow:
+        return narrow.attend(sizes, value, rectified, layer.weight2, layer.bias2)
+    second, biases = fold_second(sizes, layer.weight2, layer.bias2)
+    out = plan.channels_last_like(value)
     tiling = plan.tiling(sizes, plan.bytes_of_attend)
     assert tiling is not None
     launch(
@@ -170,6 +173,7 @@ def attend(
         (value, rectified, second, biases, out, plan.shape_argument(sizes, tiling, value=value)),
         plan.bytes_of_attend(sizes, tiling),
     )
+    return out
 
 
 def warps_for(products: int) -> int:
@@ -186,11 +190,7 @@ def forward(
     affine, units = fold_relation(sizes, norm1)
     hidden = hidden_values(sizes, query, key, affine, units, fold_first(sizes, layer.weight1))
     norm2 = known(layer.norm2) or with_statistics(layer.norm2, *hidden_statistics(sizes, hidden))
-    out = torch.empty(
-        value.shape, dtype=value.dtype, device=value.device, memory_format=torch.channels_last
-    )
-    second = fold_second(sizes, layer.weight2, layer.bias2)
-    attend(sizes, value, rectified(sizes, hidden, norm2), *second, out)
+    out = attend(sizes, value, rectified(sizes, hidden, norm2), layer)
     return out, *norm1[:2], *norm2[:2], hidden
 
 

@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 // The second convolution's gradient from the joined sums of patchwise_slopes: one thread for a weight,
-// that of the first hidden channel also for the bias.
+// that of the first hidden channel also for the bias. Without hidden tiles, those of the narrow kernels.
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
     patchwise_close_second(const double* sums, T* grad_weight, T* grad_bias, int taps, int hidden,
@@ -178,6 +178,12 @@ __global__ void __launch_bounds__(THREADS)
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= weights) return;
     const int in = i % hidden, tap = i / hidden % taps, out = i / hidden / taps;
+    if (hidden_tiles == 0) {
+        const double* terms = sums + tap * 6 + out * 3;
+        grad_weight[i] = static_cast<float>(terms[in]);
+        if (in == 0) grad_bias[out * taps + tap] = static_cast<float>(terms[2]);
+        return;
+    }
     const int rows = hidden_tiles == 1 ? 1 : hidden_tiles / 2 + 1;
     const double* of_tap = sums + (out / CHANNELS * taps + tap) * rows * 128;
     const int column = out % CHANNELS / 2, odd = out % 2;

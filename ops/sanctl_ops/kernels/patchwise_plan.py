@@ -78,6 +78,16 @@ class Sizes:
         return 1 << (-(-self.hidden // CHANNELS) - 1).bit_length()
 
     @property
+    def narrow(self) -> bool:
+        """Whether the values are for the kernels of patchwise_narrow.cu."""
+        return self.hidden <= 2 and self.kernel_size == 3
+
+    @property
+    def rectified_width(self) -> int:
+        """Channels of rectified hidden values, filled up for the kernels that take them."""
+        return 2 if self.narrow else self.hidden_width
+
+    @property
     def hidden_width(self) -> int:
         """Hidden channels, filled up to whole tiles."""
         return self.hidden_tiles * CHANNELS
@@ -194,12 +204,16 @@ def shape_argument(
     key: Tensor | None = None,
     value: Tensor | None = None,
     grad: Tensor | None = None,
+    channels: int | None = None,
 ) -> np.ndarray:
-    """Return struct Shape; the images that a kernel reads are as `by_pixels` returns them."""
+    """Return struct Shape; the images that a kernel reads are as `by_pixels` returns them.
+
+    `channels` of the values lie side by side where they are read, by default Cw.
+    """
     images = (query, key, value, grad)
     pitches = tuple(0 if x is None else x.stride(3) for x in images)
     relation = _vector(sizes.relation, *(x for x in images[:2] if x is not None))
-    values = _vector(sizes.hidden, *(x for x in images[2:] if x is not None))
+    values = _vector(channels or sizes.hidden, *(x for x in images[2:] if x is not None))
     return _shape(sizes, tiles, pitches, relation, values)
 
 
@@ -231,6 +245,11 @@ def by_pixels(x: Tensor) -> Tensor:
     if x.stride(1) == 1 and all(even):
         return x
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def channels_last_like(x: Tensor) -> Tensor:
+    """Return memory for another image like x, channels_last."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def shares_of(tasks: int, most: int) -> int:
