@@ -208,8 +208,8 @@ def image_gradients(
     tiling = plan.tiling(sizes, plan.bytes_of_relation_gradient)
     assert tiling is not None
     out_query, out = (plan.channels_last_like(x) for x in (query, key))
-    at_once = {1: 2, 2: 4}.get(sizes.hidden_tiles, 8)
-    parts = -(-2 * sizes.relation_tiles // at_once)
+    at_once = sizes.relation_at_once
+    parts = 2 * sizes.relation_tiles // at_once
     shared_bytes = plan.bytes_of_relation_gradient(sizes, tiling)
     blocks = plan.shares_of(
         sizes.images * tiling.down * tiling.across,

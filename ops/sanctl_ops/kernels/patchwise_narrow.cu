@@ -285,28 +285,29 @@ __global__ void __launch_bounds__(THREADS, 2)
         float factor = stage_pixels<T, true, MOST>(arrays.values, arrays.most,
                                                    value + before * shape.value_pitch,
                                                    shape.value_pitch, shape, tile);
-        unsigned pairs[2][SHARE], most = 0;
-#pragma unroll
+        unsigned pairs[SHARE], most = 0;
+#pragma unroll 1
         for (int next = 0; next < 2; ++next) {
-            load_pixel(pairs[next],
-                       grad + (before + tile.pixel(shape, i + next)) * shape.grad_pitch,
+            load_pixel(pairs, grad + (before + tile.pixel(shape, i + next)) * shape.grad_pitch,
                        tile.exists(i + next), shape);
 #pragma unroll
-            for (int g = 0; g < SHARE; ++g) most = larger<T>(most, pairs[next][g] & 0x7fff7fff);
+            for (int g = 0; g < SHARE; ++g) most = larger<T>(most, pairs[g] & 0x7fff7fff);
         }
         float scale, inverse;
         scale_of<MOST>(most_of_block<T>(most, arrays.most), scale, inverse);
         factor *= inverse;
         const int corner = tile.place(i, RADIUS) - RADIUS * columns - RADIUS;
-#pragma unroll
+#pragma unroll 1
         for (int next = 0; next < 2; ++next) {
             const int pixel = tile.pixel(shape, i + next);
+            load_pixel(pairs, grad + (before + pixel) * shape.grad_pitch, tile.exists(i + next),
+                       shape);
             const unsigned own = reinterpret_cast<const unsigned*>(rectified)[before + pixel];
             const float hidden[2] = {first_of<Half>(own), second_of<Half>(own)};
             Vector<unsigned, 4> slopes[WIDE];
 #pragma unroll
-            for (int g = 0; g < SHARE; ++g) pairs[next][g] = scaled<T>(pairs[next][g], scale);
-            part(pairs[next], slopes);
+            for (int g = 0; g < SHARE; ++g) pairs[g] = scaled<T>(pairs[g], scale);
+            part(pairs, slopes);
             float sums[2] = {};
 #pragma unroll
             for (int tap = 0; tap < TAPS; ++tap) {

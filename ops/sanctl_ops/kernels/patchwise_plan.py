@@ -69,8 +69,14 @@ class Sizes:
 
     @property
     def relation_tiles(self) -> int:
-        """Tiles of 16 relation channels."""
-        return -(-self.relation // PIXELS)
+        """Tiles of 16 relation channels, filled up to what a block takes at once."""
+        each = self.relation_at_once // 2
+        return -(-self.relation // (PIXELS * each)) * each
+
+    @property
+    def relation_at_once(self) -> int:
+        """AT_ONCE in patchwise_relation_gradient.cu: 8 relation channels each."""
+        return min(2 * self.hidden_tiles, 8)
 
     @property
     def hidden_tiles(self) -> int:
