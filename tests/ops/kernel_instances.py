@@ -96,6 +96,14 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
             "patchwise_slopes_narrow",
         )
     },
+    "patchwise_narrow_relation.cu": {
+        name: [(dtype,) for dtype in patchwise_plan.DTYPES]
+        for name in (
+            "patchwise_hidden_narrow",
+            "patchwise_relation_gradient_narrow",
+            "patchwise_weight_gradient_narrow",
+        )
+    },
     "patchwise_planes.cu": {
         "patchwise_image_moments": [(dtype,) for dtype in patchwise_plan.DTYPES],
         "patchwise_moments": FLOAT,

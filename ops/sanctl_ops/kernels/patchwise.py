@@ -71,14 +71,18 @@ def _image_moments(sizes: Sizes, image: Tensor) -> Tensor:
 
 
 def hidden_values(
-    sizes: Sizes, query: Tensor, key: Tensor, affine: Tensor, units: Tensor, first: Tensor
+    sizes: Sizes, query: Tensor, key: Tensor, affine: Tensor, units: Tensor, weight: Tensor
 ) -> Tensor:
     """Return what the first convolution makes of the relation, (N, H, W, Cw), float32."""
-    tiling = plan.tiling(sizes, plan.bytes_of_hidden)
-    assert tiling is not None
     hidden = affine.new_empty(
         (sizes.images, sizes.height, sizes.width, sizes.hidden), dtype=torch.float32
     )
+    if sizes.narrow:
+        narrow.hidden_values(sizes, query, key, (units, affine, weight), hidden)
+        return hidden
+    first = fold_first(sizes, weight)
+    tiling = plan.tiling(sizes, plan.bytes_of_hidden)
+    assert tiling is not None
     together = 1 if sizes.hidden_tiles == plan.CHANNELS else 2
     launch(
         kernel("patchwise_hidden.cu", "patchwise_hidden", key.dtype, *template(sizes)),
@@ -137,7 +141,7 @@ def hidden_statistics(sizes: Sizes, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 def rectified(sizes: Sizes, hidden: Tensor, norm: Known) -> Tensor:
     """Return hidden values normalised and rectified, as halves, filled up to whole tiles."""
-    pixels, width = sizes.images * sizes.pixels, sizes.rectified_width
+    pixels, width = sizes.images * sizes.pixels, sizes.hidden_width
     out = hidden.new_empty(pixels * width, dtype=torch.float16)
     pairs = pixels * width // 2
     launch(
@@ -188,7 +192,7 @@ def forward(
     query, key, value = (plan.by_pixels(x) for x in (query, key, value))
     norm1 = known(layer.norm1) or with_statistics(layer.norm1, *statistics(sizes, query, key))
     affine, units = fold_relation(sizes, norm1)
-    hidden = hidden_values(sizes, query, key, affine, units, fold_first(sizes, layer.weight1))
+    hidden = hidden_values(sizes, query, key, affine, units, layer.weight1)
     norm2 = known(layer.norm2) or with_statistics(layer.norm2, *hidden_statistics(sizes, hidden))
     out = attend(sizes, value, rectified(sizes, hidden, norm2), layer)
     return out, *norm1[:2], *norm2[:2], hidden

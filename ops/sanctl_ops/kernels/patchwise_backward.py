@@ -99,7 +99,7 @@ def hidden_gradient(
             partials,
             sizes.hidden_tiles,
             channels,
-            sizes.rectified_width,
+            sizes.hidden_width,
             np.uint32(count),
             np.uint32(rows * THREADS),
         ),
@@ -128,7 +128,7 @@ def hidden_gradient(
         ),
         JOINING * 8,
     )
-    gradient = rectified.new_empty(count // channels * sizes.hidden_width)
+    gradient = torch.empty_like(rectified)
     pairs = gradient.numel() // 2
     launch(
         kernel(PLANES, "patchwise_gradient_of_hidden", torch.float32),
@@ -154,6 +154,8 @@ def first_sums(
     sizes: Sizes, query: Tensor, key: Tensor, units: Tensor, affine: Tensor, gradient: Tensor
 ) -> Tensor:
     """Return what `close_first` takes: sums over pixels, for the keys' taps and then the query."""
+    if sizes.narrow:
+        return narrow.first_sums(sizes, query, key, units, affine, gradient)
     tiles, parts = sizes.relation_tiles, sizes.hidden_tiles
     of_tap = tiles * 2 * parts * 128
     sums = torch.empty((sizes.taps + 1) * of_tap, dtype=torch.float64, device=key.device)
@@ -205,6 +207,8 @@ def image_gradients(
         taken: what the statistics take back.
         by_batch: whether they do.
     """
+    if sizes.narrow:
+        return narrow.image_gradients(sizes, query, key, (*factors, *gradient, taken), by_batch)
     tiling = plan.tiling(sizes, plan.bytes_of_relation_gradient)
     assert tiling is not None
     out_query, out = (plan.channels_last_like(x) for x in (query, key))

@@ -207,13 +207,17 @@ __global__ void __launch_bounds__(THREADS)
     const int tap = i / relation, channel = i % relation;
     if (tap > taps) return;
     const Factors factors(mean, variance, norm, bias, eps, tap, channel, taps, relation);
-    const double* from = sums + (tap * tiles + channel / 16) * 2 * hidden_tiles * 128;
+    // Without hidden tiles, from the narrow kernels, whose order is (tap, sum, channel, row).
+    const bool narrow = hidden_tiles == 0;
+    const double* from =
+        sums + (narrow ? tap * 16 : (tap * tiles + channel / 16) * 2 * hidden_tiles * 128);
     double product = 0, slope = 0;
     for (int row = 0; row < hidden; ++row) {
-        const int place = row / 8 * 128 + (channel % 8 * 4 + row % 8 / 2) * 4 +
-                          channel % 16 / 8 * 2 + row % 2;
+        const int place = narrow ? channel * 2 + row
+                                 : row / 8 * 128 + (channel % 8 * 4 + row % 8 / 2) * 4 +
+                                       channel % 16 / 8 * 2 + row % 2;
         const double related = from[place] * scales[1];
-        const double plain = from[hidden_tiles * 128 + place] * scales[1];
+        const double plain = from[(narrow ? 8 : hidden_tiles * 128) + place] * scales[1];
         const int number = row * relation * (taps + 1) + factors.number;
         grad_weight[number] =
             static_cast<float>(factors.scale * related + factors.shift * plain);

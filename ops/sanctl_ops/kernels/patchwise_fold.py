@@ -179,7 +179,7 @@ def close_first(
             sizes.relation_tiles,
             sizes.taps,
             sizes.hidden,
-            sizes.hidden_tiles,
+            0 if sizes.narrow else sizes.hidden_tiles,
             count,
         ),
     )

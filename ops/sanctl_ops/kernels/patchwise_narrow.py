@@ -11,12 +11,15 @@ from sanctl_ops.kernels.patchwise_plan import Sizes, Tiling
 from sanctl_ops.kernels.runtime import kernel, launch
 
 SOURCE = "patchwise_narrow.cu"
+RELATION_SOURCE = "patchwise_narrow_relation.cu"
 # A thread has two pixels.
 MOST_ROWS, MOST_COLUMNS = 16, 32
 # What a block keeps beside images, and the halves of a pixel.
 SHARED_FLOATS, STAGED = 96, 16
-# Sums of a tap for the second convolution.
-TERMS = 6
+# Sums of a tap for the second convolution, and for the first one.
+TERMS, SUMS = 6, 16
+# Bytes of a tap's factors and weights, and of a staged key.
+TAP_BYTES, KEY_BYTES = 48, 8
 
 
 def attend(sizes: Sizes, value: Tensor, rectified: Tensor, second: Tensor, bias: Tensor) -> Tensor:
@@ -76,6 +79,72 @@ def slopes(
     )
     join(partials, rows, sums)
     return gradients, sums
+
+
+def hidden_values(
+    sizes: Sizes,
+    query: Tensor,
+    key: Tensor,
+    layer: tuple[Tensor, Tensor, Tensor],
+    hidden: Tensor,
+) -> None:
+    """Write what the first convolution makes; `layer` is units, factors and its weights."""
+    tiling = _tiling(sizes)
+    shape = plan.shape_argument(sizes, tiling, query=query, key=key)
+    launch(
+        kernel(RELATION_SOURCE, "patchwise_hidden_narrow", key.dtype),
+        key.device,
+        sizes.images * tiling.down * tiling.across,
+        _threads(tiling),
+        (query, key, *layer, hidden, shape),
+        (sizes.taps + 1) * TAP_BYTES + tiling.halo * KEY_BYTES,
+    )
+
+
+def image_gradients(
+    sizes: Sizes, query: Tensor, key: Tensor, factors: tuple[Tensor, ...], by_batch: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of query and key; see `patchwise_backward.image_gradients`."""
+    tiling = _tiling(sizes)
+    out_query, out = plan.channels_last_like(query), plan.channels_last_like(key)
+    shape = plan.shape_argument(sizes, tiling, query=query, key=key)
+    launch(
+        kernel(RELATION_SOURCE, "patchwise_relation_gradient_narrow", key.dtype),
+        key.device,
+        sizes.images * tiling.down * tiling.across,
+        _threads(tiling),
+        (query, key, *factors, out_query, out, shape, int(by_batch)),
+        (sizes.taps + 1) * TAP_BYTES + tiling.halo * 4,
+    )
+    return out_query, out
+
+
+def first_sums(
+    sizes: Sizes, query: Tensor, key: Tensor, units: Tensor, affine: Tensor, gradient: Tensor
+) -> Tensor:
+    """Return what `close_first` takes."""
+    tiling = _tiling(sizes)
+    # A block has one row of taps, or the query.
+    parts = sizes.kernel_size + 1
+    blocks = plan.shares_of(
+        sizes.images * tiling.down * tiling.across,
+        -(-plan.resident_blocks(key.device, 0) // parts),
+    )
+    threads = _threads(tiling)
+    rows = blocks * threads // WARP
+    sums = torch.empty((sizes.taps + 1) * SUMS, dtype=torch.float64, device=key.device)
+    partials = floats(key, rows * sums.numel())
+    shape = plan.shape_argument(sizes, tiling, query=query, key=key)
+    launch(
+        kernel(RELATION_SOURCE, "patchwise_weight_gradient_narrow", key.dtype),
+        key.device,
+        blocks * parts,
+        threads,
+        (query, key, units, affine, gradient, partials, shape, blocks),
+        tiling.halo * KEY_BYTES,
+    )
+    join(partials, rows, sums)
+    return sums
 
 
 def _tiling(sizes: Sizes) -> Tiling:

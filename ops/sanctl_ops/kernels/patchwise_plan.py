@@ -85,18 +85,13 @@ class Sizes:
 
     @property
     def narrow(self) -> bool:
-        """Whether the values are for the kernels of patchwise_narrow.cu."""
-        return self.hidden <= 2 and self.kernel_size == 3
-
-    @property
-    def rectified_width(self) -> int:
-        """Channels of rectified hidden values, filled up for the kernels that take them."""
-        return 2 if self.narrow else self.hidden_width
+        """Whether the kernels of patchwise_narrow*.cu serve."""
+        return self.relation <= 4 and self.hidden <= 2 and self.kernel_size == 3
 
     @property
     def hidden_width(self) -> int:
-        """Hidden channels, filled up to whole tiles."""
-        return self.hidden_tiles * CHANNELS
+        """Hidden channels as halves, filled up for the kernels that take them."""
+        return 2 if self.narrow else self.hidden_tiles * CHANNELS
 
     @property
     def hidden_pitch(self) -> int:
@@ -233,8 +228,8 @@ def _shape(
 
 
 def _vector(channels: int, *images: Tensor) -> int:
-    """Return how many channels one access may move: 8, 2 or 1."""
-    for vector in (8, 2):
+    """Return how many channels one access may move: 8, 4, 2 or 1."""
+    for vector in (8, 4, 2):
         aligned = all(
             x.stride(3) % vector == 0 and x.data_ptr() % (vector * x.itemsize) == 0 for x in images
         )
