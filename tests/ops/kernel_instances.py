@@ -105,7 +105,6 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
         )
     },
     "patchwise_planes.cu": {
-        "patchwise_image_moments": [(dtype,) for dtype in patchwise_plan.DTYPES],
         "patchwise_moments": FLOAT,
         "patchwise_join_moments": FLOAT,
         "patchwise_rectify": FLOAT,
@@ -115,6 +114,10 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
     },
     "patchwise_relation_gradient.cu": {"patchwise_relation_gradient": PATCHWISE},
     "patchwise_slopes.cu": {"patchwise_slopes": PATCHWISE},
+    "patchwise_statistics.cu": {
+        "patchwise_image_moments": [(dtype,) for dtype in patchwise_plan.DTYPES],
+        "patchwise_statistics": list(itertools.product(patchwise_plan.DTYPES, SAME_KERNEL_SIZES)),
+    },
     "patchwise_value_gradient.cu": {"patchwise_value_gradient": PATCHWISE},
     "patchwise_weight_gradient.cu": {
         "patchwise_weight_gradient": [

@@ -14,15 +14,15 @@ from sanctl_ops.kernels.patchwise_fold import (
     THREADS,
     Known,
     blocks_for,
+    floats,
     fold_first,
     fold_relation,
     fold_second,
 )
 from sanctl_ops.kernels.patchwise_plan import Sizes
 from sanctl_ops.kernels.runtime import kernel, launch
-from sanctl_ops.relation_statistics import window_statistics
 
-PLANES = "patchwise_planes.cu"
+PLANES, STATISTICS = "patchwise_planes.cu", "patchwise_statistics.cu"
 JOINING = 1024
 # Blocks that add up plane-sized tensors.
 BLOCKS = 264
@@ -41,33 +41,39 @@ class Parameters:
 
 def statistics(sizes: Sizes, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Return means and variances of the relation's channels in float32."""
-    of_query = _image_moments(sizes, query).sum(1) / (sizes.images * sizes.pixels)
-    of_key = _image_moments(sizes, key).unflatten(1, (sizes.height, sizes.width)).movedim(3, 1)
-    pivots = [x[0, :, 0, 0].double() for x in (query, key)]
-    means, variances = window_statistics(of_key, pivots[1], sizes.kernel_size, sizes.images)
-    mean, square = of_query
-    variance = (square - mean.square()).clamp_min(0)
-    return (
-        torch.cat((mean + pivots[0], means)).float(),
-        torch.cat((variance, variances)).float(),
-    )
-
-
-def _image_moments(sizes: Sizes, image: Tensor) -> Tensor:
-    """Return sums over images of an image less its first pixel, and of squares, (2, HW, rel)."""
     elements = sizes.pixels * sizes.relation
     shares = plan.shares_of(sizes.images, -(-BLOCKS * JOINING // elements))
-    partials = torch.empty(
-        (shares, 2, sizes.pixels, sizes.relation), dtype=torch.float64, device=image.device
+    moments = [_image_moments(sizes, image, shares) for image in (query, key)]
+    mean, variance = (
+        floats(query, sizes.relation * (sizes.taps + 1)),
+        floats(query, sizes.relation * (sizes.taps + 1)),
     )
     launch(
-        kernel(PLANES, "patchwise_image_moments", image.dtype),
+        kernel(STATISTICS, "patchwise_statistics", query.dtype, sizes.kernel_size),
+        query.device,
+        sizes.relation * (sizes.kernel_size + 1),
+        THREADS,
+        (
+            *(query, key, *moments, mean, variance),
+            *(sizes.images, sizes.height, sizes.width, sizes.relation, shares),
+        ),
+        2 * sizes.kernel_size * THREADS * 8,
+    )
+    return mean, variance
+
+
+def _image_moments(sizes: Sizes, image: Tensor, shares: int) -> Tensor:
+    """Return an image less its first pixel, and its squares, summed over shares of the images."""
+    elements = sizes.pixels * sizes.relation
+    moments = torch.empty(2 * shares * elements, dtype=torch.float64, device=image.device)
+    launch(
+        kernel(STATISTICS, "patchwise_image_moments", image.dtype),
         image.device,
         blocks_for(shares * elements),
         THREADS,
-        (image, partials, sizes.images, sizes.pixels, sizes.relation, image.stride(3), shares),
+        (image, moments, sizes.images, sizes.pixels, sizes.relation, image.stride(3), shares),
     )
-    return partials.sum(0)
+    return moments
 
 
 def hidden_values(

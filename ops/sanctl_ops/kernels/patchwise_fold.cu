@@ -233,20 +233,6 @@ __global__ void __launch_bounds__(THREADS)
     closing[relation * (taps + 1) + i] = share * factors.deviation * product;
 }
 
-// How often tap number `tap` of a row of K windows reads a pixel, mirrored ones included.
-__device__ inline int readings(int pixel, int side, int tap, int radius) {
-    int count = 0;
-#pragma unroll
-    for (int which = 0; which < IMAGES<true>; ++which) {
-        int position;
-        if (image<true>(pixel, side, radius, which, position)) {
-            const int centre = position - tap + radius;
-            count += centre >= 0 && centre < side;
-        }
-    }
-    return count;
-}
-
 // What the batch's statistics take back from the gradient of each pixel of the key, twice HW x relation,
 // and of the query, twice relation: sums of `closing` over the windows' taps that read it.
 template <typename T, int K>
