@@ -25,26 +25,12 @@ def relation_statistics(query: Tensor, key: Tensor, kernel_size: int) -> tuple[T
     centre = wide_key.mean((0, 2, 3))
     centred = wide_key - centre[:, None, None]
     moments = torch.stack((centred.sum(0), centred.square().sum(0)))
-    means, variances = window_statistics(moments, centre, kernel_size, key.shape[0])
-    return torch.cat((mean, means)), torch.cat((variance, variances))
-
-
-def window_statistics(
-    moments: Tensor, pivots: Tensor, kernel_size: int, images: int
-) -> tuple[Tensor, Tensor]:
-    """Return means and biased variances of what every tap reads, (rel * K*K,), in float64.
-
-    Args:
-        moments: (2, rel, H, W), the sums over images of the key less its pivot, and of its square.
-        pivots: (rel,), near the mean of each channel.
-        kernel_size: K.
-        images: how many were added up.
-    """
-    height, width = moments.shape[2:]
-    rows, columns = (multiplicities(side, kernel_size, pivots.device) for side in (height, width))
-    first, second = (rows @ moments @ columns.mT / (images * height * width)).flatten(2)
-    mean = (first + pivots[:, None]).flatten()
-    return mean, (second - first.square()).clamp_min(0).flatten()
+    rows, columns = (multiplicities(side, kernel_size, key.device) for side in key.shape[2:])
+    first, second = (rows @ moments @ columns.mT / (query.numel() // query.shape[1])).flatten(2)
+    return (
+        torch.cat((mean, (first + centre[:, None]).flatten())),
+        torch.cat((variance, (second - first.square()).clamp_min(0).flatten())),
+    )
 
 
 def multiplicities(side: int, kernel_size: int, device: torch.device) -> Tensor:

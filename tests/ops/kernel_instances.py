@@ -126,8 +126,23 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
         "patchwise_spread": [(torch.float32, k) for k in SAME_KERNEL_SIZES],
     },
     "patchwise_hidden.cu": {"patchwise_hidden": PATCHWISE},
+    "patchwise_narrow.cu": {
+        name: [(dtype,) for dtype in patchwise_plan.DTYPES]
+        for name in (
+            "patchwise_attend_narrow",
+            "patchwise_value_gradient_narrow",
+            "patchwise_slopes_narrow",
+        )
+    },
+    "patchwise_narrow_relation.cu": {
+        name: [(dtype,) for dtype in patchwise_plan.DTYPES]
+        for name in (
+            "patchwise_hidden_narrow",
+            "patchwise_relation_gradient_narrow",
+            "patchwise_weight_gradient_narrow",
+        )
+    },
     "patchwise_planes.cu": {
-        "patchwise_image_moments": [(dtype,) for dtype in patchwise_plan.DTYPES],
         "patchwise_moments": FLOAT,
         "patchwise_join_moments": FLOAT,
         "patchwise_rectify": FLOAT,
@@ -137,6 +152,10 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
     },
     "patchwise_relation_gradient.cu": {"patchwise_relation_gradient": PATCHWISE},
     "patchwise_slopes.cu": {"patchwise_slopes": PATCHWISE},
+    "patchwise_statistics.cu": {
+        "patchwise_image_moments": [(dtype,) for dtype in patchwise_plan.DTYPES],
+        "patchwise_statistics": list(itertools.product(patchwise_plan.DTYPES, SAME_KERNEL_SIZES)),
+    },
     "patchwise_value_gradient.cu": {"patchwise_value_gradient": PATCHWISE},
     "patchwise_weight_gradient.cu": {
         "patchwise_weight_gradient": [

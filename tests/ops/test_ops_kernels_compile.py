@@ -165,8 +165,9 @@ def test_launches_fit_the_declarations_and_are_all_compiled(launches: Launches) 
             inputs = draw(case).converted("cpu", dtype, torch.float32)
             out = fused(inputs).out
             torch.autograd.grad(out, inputs.leaves, torch.zeros_like(out))
-    for dtype, hidden, size in itertools.product(patchwise_plan.DTYPES, HIDDEN_TILES, (3, 5, 7)):
-        x = PatchwiseCase("", 9, 8, size, relation=hidden * 16, hidden=hidden * 8).inputs()
+    hidden_channels = (2, *(8 * tiles for tiles in HIDDEN_TILES))
+    for dtype, hidden, size in itertools.product(patchwise_plan.DTYPES, hidden_channels, (3, 5, 7)):
+        x = PatchwiseCase("", 9, 8, size, relation=hidden * 2, hidden=hidden).inputs()
         attended(x.to("cpu", dtype, torch.float32), torch.zeros_like(x.value))
     compiled = {instance for source in TEMPLATES for instance in instances(source)}
     assert launches.kernels - compiled == set(), "asked for, but not compiled here"

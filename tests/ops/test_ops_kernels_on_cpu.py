@@ -114,6 +114,8 @@ def test_patchwise_kernels_agree_with_autograd(
     assert len(launcher.launched) > launched + 20
     # Images are rounded to their type; all else comes of sums of products of halves.
     assert max(far.values()) < (3e-3 if dtype == torch.bfloat16 else 1.5e-3), far
+
+
 @pytest.mark.usefixtures("_kernels_on_cpu")
 def test_kernels_of_pairwise_attention(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     """Channels are padded, weights repeat in a quad of lanes, and the last tile has fewer rows."""

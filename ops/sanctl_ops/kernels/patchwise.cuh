@@ -66,6 +66,20 @@ struct Tile {
 // neighbours.
 __device__ inline int in_pairs(int row) { return row / 16 * 16 + row % 8 * 2 + row % 16 / 8; }
 
+// How often tap number `tap` of a row of K windows reads a pixel, mirrored ones included.
+__device__ inline int readings(int pixel, int side, int tap, int radius) {
+    int count = 0;
+#pragma unroll
+    for (int which = 0; which < IMAGES<true>; ++which) {
+        int position;
+        if (image<true>(pixel, side, radius, which, position)) {
+            const int centre = position - tap + radius;
+            count += centre >= 0 && centre < side;
+        }
+    }
+    return count;
+}
+
 // The power of two, and its inverse, that takes `bound` to less than 2^MOST, or as far as there is one;
 // NaN for a bound that is not finite.
 template <int MOST>

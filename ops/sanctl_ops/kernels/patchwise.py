@@ -7,21 +7,22 @@ import torch
 from torch import Tensor
 
 from sanctl_ops.attention import Norm
+from sanctl_ops.kernels import patchwise_narrow as narrow
 from sanctl_ops.kernels import patchwise_plan as plan
 from sanctl_ops.kernels.geometry import WARP
 from sanctl_ops.kernels.patchwise_fold import (
     THREADS,
     Known,
     blocks_for,
+    floats,
     fold_first,
     fold_relation,
     fold_second,
 )
 from sanctl_ops.kernels.patchwise_plan import Sizes
 from sanctl_ops.kernels.runtime import kernel, launch
-from sanctl_ops.relation_statistics import window_statistics
 
-PLANES = "patchwise_planes.cu"
+PLANES, STATISTICS = "patchwise_planes.cu", "patchwise_statistics.cu"
 JOINING = 1024
 # Blocks that add up plane-sized tensors.
 BLOCKS = 264
@@ -40,44 +41,54 @@ class Parameters:
 
 def statistics(sizes: Sizes, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Return means and variances of the relation's channels in float32."""
-    of_query = _image_moments(sizes, query).sum(1) / (sizes.images * sizes.pixels)
-    of_key = _image_moments(sizes, key).unflatten(1, (sizes.height, sizes.width)).movedim(3, 1)
-    pivots = [x[0, :, 0, 0].double() for x in (query, key)]
-    means, variances = window_statistics(of_key, pivots[1], sizes.kernel_size, sizes.images)
-    mean, square = of_query
-    variance = (square - mean.square()).clamp_min(0)
-    return (
-        torch.cat((mean + pivots[0], means)).float(),
-        torch.cat((variance, variances)).float(),
-    )
-
-
-def _image_moments(sizes: Sizes, image: Tensor) -> Tensor:
-    """Return sums over images of an image less its first pixel, and of squares, (2, HW, rel)."""
     elements = sizes.pixels * sizes.relation
     shares = plan.shares_of(sizes.images, -(-BLOCKS * JOINING // elements))
-    partials = torch.empty(
-        (shares, 2, sizes.pixels, sizes.relation), dtype=torch.float64, device=image.device
+    moments = [_image_moments(sizes, image, shares) for image in (query, key)]
+    mean, variance = (
+        floats(query, sizes.relation * (sizes.taps + 1)),
+        floats(query, sizes.relation * (sizes.taps + 1)),
     )
     launch(
-        kernel(PLANES, "patchwise_image_moments", image.dtype),
+        kernel(STATISTICS, "patchwise_statistics", query.dtype, sizes.kernel_size),
+        query.device,
+        sizes.relation * (sizes.kernel_size + 1),
+        THREADS,
+        (
+            *(query, key, *moments, mean, variance),
+            *(sizes.images, sizes.height, sizes.width, sizes.relation, shares),
+        ),
+        2 * sizes.kernel_size * THREADS * 8,
+    )
+    return mean, variance
+
+
+def _image_moments(sizes: Sizes, image: Tensor, shares: int) -> Tensor:
+    """Return an image less its first pixel, and its squares, summed over shares of the images."""
+    elements = sizes.pixels * sizes.relation
+    moments = torch.empty(2 * shares * elements, dtype=torch.float64, device=image.device)
+    launch(
+        kernel(STATISTICS, "patchwise_image_moments", image.dtype),
         image.device,
         blocks_for(shares * elements),
         THREADS,
-        (image, partials, sizes.images, sizes.pixels, sizes.relation, image.stride(3), shares),
+        (image, moments, sizes.images, sizes.pixels, sizes.relation, image.stride(3), shares),
     )
-    return partials.sum(0)
+    return moments
 
 
 def hidden_values(
-    sizes: Sizes, query: Tensor, key: Tensor, affine: Tensor, units: Tensor, first: Tensor
+    sizes: Sizes, query: Tensor, key: Tensor, affine: Tensor, units: Tensor, weight: Tensor
 ) -> Tensor:
     """Return what the first convolution makes of the relation, (N, H, W, Cw), float32."""
-    tiling = plan.tiling(sizes, plan.bytes_of_hidden)
-    assert tiling is not None
     hidden = affine.new_empty(
         (sizes.images, sizes.height, sizes.width, sizes.hidden), dtype=torch.float32
     )
+    if sizes.narrow:
+        narrow.hidden_values(sizes, query, key, (units, affine, weight), hidden)
+        return hidden
+    first = fold_first(sizes, weight)
+    tiling = plan.tiling(sizes, plan.bytes_of_hidden)
+    assert tiling is not None
     together = 1 if sizes.hidden_tiles == plan.CHANNELS else 2
     launch(
         kernel("patchwise_hidden.cu", "patchwise_hidden", key.dtype, *template(sizes)),
@@ -156,10 +167,12 @@ def rectified(sizes: Sizes, hidden: Tensor, norm: Known) -> Tensor:
     return out
 
 
-def attend(
-    sizes: Sizes, value: Tensor, rectified: Tensor, second: Tensor, biases: Tensor, out: Tensor
-) -> None:
-    """Write the weighed values; `out` is channels_last."""
+def attend(sizes: Sizes, value: Tensor, rectified: Tensor, layer: Parameters) -> Tensor:
+    """Return the weighed values, channels_last."""
+    if sizes.narrow:
+        return narrow.attend(sizes, value, rectified, layer.weight2, layer.bias2)
+    second, biases = fold_second(sizes, layer.weight2, layer.bias2)
+    out = plan.channels_last_like(value)
     tiling = plan.tiling(sizes, plan.bytes_of_attend)
     assert tiling is not None
     launch(
@@ -170,6 +183,7 @@ def attend(
         (value, rectified, second, biases, out, plan.shape_argument(sizes, tiling, value=value)),
         plan.bytes_of_attend(sizes, tiling),
     )
+    return out
 
 
 def warps_for(products: int) -> int:
@@ -184,13 +198,9 @@ def forward(
     query, key, value = (plan.by_pixels(x) for x in (query, key, value))
     norm1 = known(layer.norm1) or with_statistics(layer.norm1, *statistics(sizes, query, key))
     affine, units = fold_relation(sizes, norm1)
-    hidden = hidden_values(sizes, query, key, affine, units, fold_first(sizes, layer.weight1))
+    hidden = hidden_values(sizes, query, key, affine, units, layer.weight1)
     norm2 = known(layer.norm2) or with_statistics(layer.norm2, *hidden_statistics(sizes, hidden))
-    out = torch.empty(
-        value.shape, dtype=value.dtype, device=value.device, memory_format=torch.channels_last
-    )
-    second = fold_second(sizes, layer.weight2, layer.bias2)
-    attend(sizes, value, rectified(sizes, hidden, norm2), *second, out)
+    out = attend(sizes, value, rectified(sizes, hidden, norm2), layer)
     return out, *norm1[:2], *norm2[:2], hidden
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from sanctl_ops.kernels import patchwise as forward_pass
+from sanctl_ops.kernels import patchwise_narrow as narrow
 from sanctl_ops.kernels import patchwise_plan as plan
 from sanctl_ops.kernels.geometry import WARP
 from sanctl_ops.kernels.patchwise import (
@@ -35,9 +36,13 @@ WEIGHT_BLOCKS = 6
 
 
 def slopes(
-    sizes: Sizes, grad: Tensor, value: Tensor, rectified: Tensor, turned: Tensor
+    sizes: Sizes, grad: Tensor, value: Tensor, rectified: Tensor, layer: Parameters
 ) -> tuple[Tensor, Tensor]:
     """Return the rectified values' gradients in parts, (WT, N * HW, Cw), and the weights' sums."""
+    if sizes.narrow:
+        second = (layer.weight2, layer.bias2)
+        return narrow.slopes(sizes, grad, value, rectified, *second)
+    turned, _ = fold_second(sizes, layer.weight2, layer.bias2, turned=True)
     tiling = plan.tiling(sizes, plan.bytes_of_slopes)
     assert tiling is not None
     parts = sizes.hidden_tiles
@@ -149,6 +154,8 @@ def first_sums(
     sizes: Sizes, query: Tensor, key: Tensor, units: Tensor, affine: Tensor, gradient: Tensor
 ) -> Tensor:
     """Return what `close_first` takes: sums over pixels, for the keys' taps and then the query."""
+    if sizes.narrow:
+        return narrow.first_sums(sizes, query, key, units, affine, gradient)
     tiles, parts = sizes.relation_tiles, sizes.hidden_tiles
     of_tap = tiles * 2 * parts * 128
     sums = torch.empty((sizes.taps + 1) * of_tap, dtype=torch.float64, device=key.device)
@@ -200,11 +207,13 @@ def image_gradients(
         taken: what the statistics take back.
         by_batch: whether they do.
     """
+    if sizes.narrow:
+        return narrow.image_gradients(sizes, query, key, (*factors, *gradient, taken), by_batch)
     tiling = plan.tiling(sizes, plan.bytes_of_relation_gradient)
     assert tiling is not None
-    out_query, out = (_channels_last_like(x) for x in (query, key))
-    at_once = {1: 2, 2: 4}.get(sizes.hidden_tiles, 8)
-    parts = -(-2 * sizes.relation_tiles // at_once)
+    out_query, out = (plan.channels_last_like(x) for x in (query, key))
+    at_once = sizes.relation_at_once
+    parts = 2 * sizes.relation_tiles // at_once
     shared_bytes = plan.bytes_of_relation_gradient(sizes, tiling)
     blocks = plan.shares_of(
         sizes.images * tiling.down * tiling.across,
@@ -241,13 +250,14 @@ def image_gradients(
     return out_query, out
 
 
-def value_gradient(
-    sizes: Sizes, grad: Tensor, rectified: Tensor, second: Tensor, biases: Tensor
-) -> Tensor:
+def value_gradient(sizes: Sizes, grad: Tensor, rectified: Tensor, layer: Parameters) -> Tensor:
     """Return the gradient of the values, channels_last."""
+    if sizes.narrow:
+        return narrow.value_gradient(sizes, grad, rectified, layer.weight2, layer.bias2)
+    second, biases = fold_second(sizes, layer.weight2, layer.bias2)
     tiling = plan.tiling(sizes, plan.bytes_of_value_gradient)
     assert tiling is not None
-    out = _channels_last_like(grad)
+    out = plan.channels_last_like(grad)
     parts = sizes.hidden_tiles
     shared_bytes = plan.bytes_of_value_gradient(sizes, tiling)
     blocks = plan.shares_of(
@@ -281,10 +291,6 @@ def value_gradient(
     return out
 
 
-def _channels_last_like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
 def backward(
     sizes: Sizes,
     grad: Tensor,
@@ -301,8 +307,7 @@ def backward(
     assert norm1 is not None
     assert norm2 is not None
     rectified = forward_pass.rectified(sizes, hidden, norm2)
-    turned, _ = fold_second(sizes, layer.weight2, layer.bias2, turned=True)
-    gradients, sums = slopes(sizes, grad, value, rectified, turned)
+    gradients, sums = slopes(sizes, grad, value, rectified, layer)
     second = close_second(sizes, sums)
     gradient, scales, *grad_norm2 = hidden_gradient(
         sizes, gradients, hidden, rectified, norm2, by_batch[1]
@@ -314,6 +319,5 @@ def backward(
     )
     factors = (units, affine, fold_first_turned(sizes, layer.weight1, norm1))
     images = image_gradients(sizes, query, key, factors, (gradient, scales), taken, by_batch[0])
-    folded = fold_second(sizes, layer.weight2, layer.bias2)
-    grad_value = value_gradient(sizes, grad, rectified, *folded)
+    grad_value = value_gradient(sizes, grad, rectified, layer)
     return *images, grad_value, *grad_norm1, weight1, *grad_norm2, *second

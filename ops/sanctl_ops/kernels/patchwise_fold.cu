@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 // The second convolution's gradient from the joined sums of patchwise_slopes: one thread for a weight,
-// that of the first hidden channel also for the bias.
+// that of the first hidden channel also for the bias. Without hidden tiles, those of the narrow kernels.
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
     patchwise_close_second(const double* sums, T* grad_weight, T* grad_bias, int taps, int hidden,
@@ -178,6 +178,12 @@ __global__ void __launch_bounds__(THREADS)
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= weights) return;
     const int in = i % hidden, tap = i / hidden % taps, out = i / hidden / taps;
+    if (hidden_tiles == 0) {
+        const double* terms = sums + tap * 6 + out * 3;
+        grad_weight[i] = static_cast<float>(terms[in]);
+        if (in == 0) grad_bias[out * taps + tap] = static_cast<float>(terms[2]);
+        return;
+    }
     const int rows = hidden_tiles == 1 ? 1 : hidden_tiles / 2 + 1;
     const double* of_tap = sums + (out / CHANNELS * taps + tap) * rows * 128;
     const int column = out % CHANNELS / 2, odd = out % 2;
@@ -201,13 +207,17 @@ __global__ void __launch_bounds__(THREADS)
     const int tap = i / relation, channel = i % relation;
     if (tap > taps) return;
     const Factors factors(mean, variance, norm, bias, eps, tap, channel, taps, relation);
-    const double* from = sums + (tap * tiles + channel / 16) * 2 * hidden_tiles * 128;
+    // Without hidden tiles, from the narrow kernels, whose order is (tap, sum, channel, row).
+    const bool narrow = hidden_tiles == 0;
+    const double* from =
+        sums + (narrow ? tap * 16 : (tap * tiles + channel / 16) * 2 * hidden_tiles * 128);
     double product = 0, slope = 0;
     for (int row = 0; row < hidden; ++row) {
-        const int place = row / 8 * 128 + (channel % 8 * 4 + row % 8 / 2) * 4 +
-                          channel % 16 / 8 * 2 + row % 2;
+        const int place = narrow ? channel * 2 + row
+                                 : row / 8 * 128 + (channel % 8 * 4 + row % 8 / 2) * 4 +
+                                       channel % 16 / 8 * 2 + row % 2;
         const double related = from[place] * scales[1];
-        const double plain = from[hidden_tiles * 128 + place] * scales[1];
+        const double plain = from[(narrow ? 8 : hidden_tiles * 128) + place] * scales[1];
         const int number = row * relation * (taps + 1) + factors.number;
         grad_weight[number] =
             static_cast<float>(factors.scale * related + factors.shift * plain);
@@ -221,20 +231,6 @@ __global__ void __launch_bounds__(THREADS)
     const double share = count == 0 ? 0 : factors.scale * factors.unit / count;
     closing[i] = share * (slope - apart * factors.deviation * product);
     closing[relation * (taps + 1) + i] = share * factors.deviation * product;
-}
-
-// How often tap number `tap` of a row of K windows reads a pixel, mirrored ones included.
-__device__ inline int readings(int pixel, int side, int tap, int radius) {
-    int count = 0;
-#pragma unroll
-    for (int which = 0; which < IMAGES<true>; ++which) {
-        int position;
-        if (image<true>(pixel, side, radius, which, position)) {
-            const int centre = position - tap + radius;
-            count += centre >= 0 && centre < side;
-        }
-    }
-    return count;
 }
 
 // What the batch's statistics take back from the gradient of each pixel of the key, twice HW x relation,

@@ -139,7 +139,15 @@ def close_second(sizes: Sizes, sums: Tensor) -> tuple[Tensor, Tensor]:
         sums.device,
         blocks_for(weight.numel()),
         THREADS,
-        (sums, weight, bias, sizes.taps, sizes.hidden, sizes.hidden_tiles, weight.numel()),
+        (
+            sums,
+            weight,
+            bias,
+            sizes.taps,
+            sizes.hidden,
+            0 if sizes.narrow else sizes.hidden_tiles,
+            weight.numel(),
+        ),
     )
     return weight, bias
 
@@ -171,7 +179,7 @@ def close_first(
             sizes.relation_tiles,
             sizes.taps,
             sizes.hidden,
-            sizes.hidden_tiles,
+            0 if sizes.narrow else sizes.hidden_tiles,
             count,
         ),
     )

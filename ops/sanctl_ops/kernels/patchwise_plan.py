@@ -69,8 +69,14 @@ class Sizes:
 
     @property
     def relation_tiles(self) -> int:
-        """Tiles of 16 relation channels."""
-        return -(-self.relation // PIXELS)
+        """Tiles of 16 relation channels, filled up to what a block takes at once."""
+        each = self.relation_at_once // 2
+        return -(-self.relation // (PIXELS * each)) * each
+
+    @property
+    def relation_at_once(self) -> int:
+        """AT_ONCE in patchwise_relation_gradient.cu: 8 relation channels each."""
+        return min(2 * self.hidden_tiles, 8)
 
     @property
     def hidden_tiles(self) -> int:
@@ -78,9 +84,14 @@ class Sizes:
         return 1 << (-(-self.hidden // CHANNELS) - 1).bit_length()
 
     @property
+    def narrow(self) -> bool:
+        """Whether the kernels of patchwise_narrow*.cu serve."""
+        return self.relation <= 4 and self.hidden <= 2 and self.kernel_size == 3
+
+    @property
     def hidden_width(self) -> int:
-        """Hidden channels, filled up to whole tiles."""
-        return self.hidden_tiles * CHANNELS
+        """Hidden channels as halves, filled up for the kernels that take them."""
+        return 2 if self.narrow else self.hidden_tiles * CHANNELS
 
     @property
     def hidden_pitch(self) -> int:
@@ -194,12 +205,16 @@ def shape_argument(
     key: Tensor | None = None,
     value: Tensor | None = None,
     grad: Tensor | None = None,
+    channels: int | None = None,
 ) -> np.ndarray:
-    """Return struct Shape; the images that a kernel reads are as `by_pixels` returns them."""
+    """Return struct Shape; the images that a kernel reads are as `by_pixels` returns them.
+
+    `channels` of the values lie side by side where they are read, by default Cw.
+    """
     images = (query, key, value, grad)
     pitches = tuple(0 if x is None else x.stride(3) for x in images)
     relation = _vector(sizes.relation, *(x for x in images[:2] if x is not None))
-    values = _vector(sizes.hidden, *(x for x in images[2:] if x is not None))
+    values = _vector(channels or sizes.hidden, *(x for x in images[2:] if x is not None))
     return _shape(sizes, tiles, pitches, relation, values)
 
 
@@ -213,8 +228,8 @@ def _shape(
 
 
 def _vector(channels: int, *images: Tensor) -> int:
-    """Return how many channels one access may move: 8, 2 or 1."""
-    for vector in (8, 2):
+    """Return how many channels one access may move: 8, 4, 2 or 1."""
+    for vector in (8, 4, 2):
         aligned = all(
             x.stride(3) % vector == 0 and x.data_ptr() % (vector * x.itemsize) == 0 for x in images
         )
@@ -231,6 +246,11 @@ def by_pixels(x: Tensor) -> Tensor:
     if x.stride(1) == 1 and all(even):
         return x
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def channels_last_like(x: Tensor) -> Tensor:
+    """Return memory for another image like x, channels_last."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def shares_of(tasks: int, most: int) -> int:

@@ -1,34 +1,9 @@
-// What patchwise attention does to planes: moments of images and of hidden values, and the second
-// normalisation in both directions. Sums are kept in double and joined in a fixed order.
+// What patchwise attention does to planes of hidden values: their moments, and their normalisation in both
+// directions. Sums are kept in double and joined in a fixed order.
 #include "patchwise.cuh"
 
 constexpr int THREADS = 256;
 constexpr int JOINING = 1024;  // threads that join the blocks' sums
-
-// Sums over images and summed squares of every element of an image, less its channel's first value:
-// partials[(share * 2 + moment) * elements + pixel * channels + c], images being dealt out to shares.
-template <typename T>
-__global__ void __launch_bounds__(THREADS)
-    patchwise_image_moments(const T* image, double* partials, int images, int pixels, int channels,
-                            int pitch, int shares) {
-    const int elements = pixels * channels;
-    const int index = blockIdx.x * blockDim.x + threadIdx.x;
-    const int share = index / elements, element = index % elements;
-    if (share >= shares) return;
-    const int channel = element % channels;
-    const long long step = static_cast<long long>(pixels) * pitch;
-    const T* from = image + element / channels * pitch + channel;
-    const double pivot = widen(image[channel]);
-    double sum = 0, squares = 0;
-#pragma unroll 4
-    for (int n = share; n < images; n += shares) {
-        const double x = widen(from[n * step]) - pivot;
-        sum += x;
-        squares += x * x;
-    }
-    partials[2 * share * elements + element] = sum;
-    partials[(2 * share + 1) * elements + element] = squares;
-}
 
 // Joins `rows` x `columns` values: column t is thread t's.
 template <typename Join>

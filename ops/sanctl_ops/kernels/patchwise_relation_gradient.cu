@@ -17,30 +17,35 @@ struct Related {
     float sums[AT_ONCE<WT>][4];
 };
 
-// Factors of the relation (see patchwise_fold.cu), and what is common to a block's products.
+// The relation's signs and thresholds, and the first convolution's transpose (see patchwise_fold.cu), of
+// the channels that a block computes, as a lane holds them.
 template <int WT>
 struct Convolution {
-    const Half *affine, *weights;
+    const Vector<unsigned, 2>* lines;
+    const Vector<unsigned, WT>* weights;
     int tiles;  // of 16 relation channels
-    int first;  // of the block's, of 8 channels each
-    int lane;
+
+    // `first` counts 8 channels each.
+    __device__ Convolution(const Half* affine, const Half* turned, int tiles, int first, int lane)
+        : lines(reinterpret_cast<const Vector<unsigned, 2>*>(affine) + first * 4 + lane % 4 * 2),
+          weights(reinterpret_cast<const Vector<unsigned, WT>*>(turned) + first * 32 + lane),
+          tiles(tiles) {}
 
     // Adds one tap's share.
     __device__ void add(const Rows<WT>& rows, int tap, Related<WT>& related) const {
+        const auto line = lines + tap * tiles * 8;
+        const auto weight = weights + tap * tiles * 64;
 #pragma unroll
         for (int r = 0; r < AT_ONCE<WT>; ++r) {
-            const int number = tap * tiles * 2 + first + r;
-            if (first + r >= 2 * tiles) break;
-            const auto line = reinterpret_cast<const Vector<unsigned, 2>*>(
-                affine)[(number / 2 * 4 + lane % 4) * 2 + number % 2];
+            const Vector<unsigned, 2> factors = line[r / 2 * 8 + r % 2];
             float slopes[4] = {};
-            rows.multiply(slopes, fragment<WT>(weights, number, lane));
+            rows.multiply(slopes, weight[r * 32]);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const unsigned kept =
-                    fma_relu_halves(line.at[0], related.units[r][half], line.at[1]);
-                if (kept & 0xffff) related.sums[r][2 * half] += slopes[2 * half];
-                if (kept > 0xffff) related.sums[r][2 * half + 1] += slopes[2 * half + 1];
+                    fma_relu_halves(factors.at[0], related.units[r][half], factors.at[1]);
+                add_where(kept, slopes[2 * half], slopes[2 * half + 1],
+                          related.sums[r][2 * half], related.sums[r][2 * half + 1]);
             }
         }
     }
@@ -96,7 +101,7 @@ struct Image {
 // `taken` holds what statistics take back, if `closed`: 2 x HW x relation for the key, then 2 x relation
 // for the query. `out` and `out_query` are dense.
 template <typename T, int K, int WT>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, WT == 1 ? 3 : 2)
     patchwise_relation_gradient(const T* query, const T* key, const float* units, const Half* affine,
                                 const Half* weights, const Half* gradient, const float* scales,
                                 const float* taken, float* mirrors, T* out_query, T* out,
@@ -105,9 +110,9 @@ __global__ void __launch_bounds__(THREADS)
     extern __shared__ double shared[];
     Half* staged = reinterpret_cast<Half*>(shared);
     const int lane = threadIdx.x % 32, tiles = shape.relation_tiles;
-    const Convolution<WT> convolution{affine, weights, tiles,
-                                      static_cast<int>(blockIdx.x) % parts * N, lane};
-    const int channel = convolution.first * 8 + lane % 4 * 2, plane = shape.pixels();
+    const int first = blockIdx.x % parts * N;
+    const Convolution<WT> convolution(affine, weights, tiles, first, lane);
+    const int channel = first * 8 + lane % 4 * 2, plane = shape.pixels();
     const float* none = nullptr;
     const float inverse = scales[1];
     mirrors += static_cast<long long>(blockIdx.x) * mirror_pitch;

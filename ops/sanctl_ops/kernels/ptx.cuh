@@ -78,6 +78,23 @@ __device__ inline unsigned multiply_halves(unsigned a, unsigned b) {
     return product;
 }
 
+// Adds `first` to `sum` if the lower one of two halves is not zero, and `second` to `other` if the upper
+// one is not.
+__device__ inline void add_where(unsigned halves, float first, float second, float& sum,
+                                 float& other) {
+    asm("{\n"
+        ".reg .pred low, high;\n"
+        ".reg .b32 lower;\n"
+        "and.b32 lower, %2, 0xffff;\n"
+        "setp.ne.u32 low, lower, 0;\n"
+        "setp.gt.u32 high, %2, 0xffff;\n"
+        "@low add.f32 %0, %0, %3;\n"
+        "@high add.f32 %1, %1, %4;\n"
+        "}"
+        : "+f"(sum), "+f"(other)
+        : "r"(halves), "f"(first), "f"(second));
+}
+
 // The larger ones of two pairs; of a NaN and a number, the number.
 template <typename T>
 __device__ inline unsigned larger(unsigned a, unsigned b);

@@ -78,6 +78,11 @@ inline unsigned multiply_halves(unsigned a, unsigned b) {
     return by_halves([](float a, float b) { return a * b; }, a, b);
 }
 
+inline void add_where(unsigned halves, float first, float second, float& sum, float& other) {
+    if (halves & 0xffff) sum += first;
+    if (halves >> 16) other += second;
+}
+
 template <typename T>
 inline unsigned larger(unsigned a, unsigned b) {
     const auto half = [](unsigned a, unsigned b) {
