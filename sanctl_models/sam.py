@@ -1,5 +1,7 @@
 """The self-attention module of SAN: weights from a K x K neighbourhood, applied to its values."""
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
@@ -91,39 +93,42 @@ class SAM(nn.Module):
             query: (N, rel_planes, H, W).
             value: (N, out_planes, H, W).
         """
-        for norm in (self.conv_w[0], self.conv_w[3]):
-            if type(norm) is not nn.BatchNorm2d or not is_affine(norm):
-                return f"{type(norm).__name__} is not a plain BatchNorm2d with weight and bias"
+        _, conv1, _, conv2 = self.conv_w.layers
+        obstacle = self.conv_w.fusing_obstacle()
+        if obstacle is not None:
+            return obstacle
         if self.sa_type == PAIRWISE:
-            shared = self.conv_w[5].out_channels
+            shared = conv2.out_channels
             return pairwise_attention_obstacle(query, value, shared, self.kernel_size)
-        shared = self.conv_w[2].out_channels
-        return patchwise_attention_obstacle(query, value, shared, self.kernel_size)
+        return patchwise_attention_obstacle(query, value, conv1.out_channels, self.kernel_size)
 
     def _is_fused(self, query: Tensor, value: Tensor) -> bool:
         mode = requested_attention()
         if mode == "auto":
             return query.is_cuda and self.fusing_obstacle(query, value) is None
+        obstacle = self.conv_w.fusing_obstacle()
+        if mode == "fused" and obstacle is not None:
+            raise ValueError(f"attention cannot be fused: {obstacle}")
         return mode == "fused"
 
     def _fused(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Return what `forward` does by one operator."""
-        norm1, conv1, norm2, conv2 = (self.conv_w[i] for i in (0, 2, 3, 5))
-        layers = (
-            norm_argument(norm1),
-            conv1.weight.flatten(1),
-            norm_argument(norm2),
-            conv2.weight.flatten(1),
-            conv2.bias,
-            self.kernel_size,
-        )
+        norm1, conv1, norm2, conv2 = self.conv_w.layers
+        first, second = norm_argument(norm1), norm_argument(norm2)
+        weight1, weight2 = conv1.weight.flatten(1), conv2.weight.flatten(1)
+        bias2, size = conv2.bias, self.kernel_size
+        assert bias2 is not None
         count = query.numel() // query.shape[1]
         if self.sa_type == PAIRWISE:
             position = self.conv_p(position_map(query))
-            attention = pairwise_attention(query, key, value, position, *layers)
-            count *= self.kernel_size**2
+            attention = pairwise_attention(
+                query, key, value, position, first, weight1, second, weight2, bias2, size
+            )
+            count *= size**2
         else:
-            attention = patchwise_attention(query, key, value, *layers)
+            attention = patchwise_attention(
+                query, key, value, first, weight1, second, weight2, bias2, size
+            )
         update_running_statistics(norm1, attention.mean1, attention.variance1, count)
         update_running_statistics(norm2, attention.mean2, attention.variance2, count)
         return attention.out
@@ -178,6 +183,19 @@ class WeightLayers(nn.Sequential):
             nn.ReLU(inplace=True),
             nn.Conv2d(hidden, out, 1),
         )
+
+    @property
+    def layers(self) -> tuple[nn.BatchNorm2d, nn.Conv2d, nn.BatchNorm2d, nn.Conv2d]:
+        """The layers with parameters, in their order; other normalisations may stand in for two."""
+        return cast("Any", (self[0], self[2], self[3], self[5]))
+
+    def fusing_obstacle(self) -> str | None:
+        """Say why the layers cannot be part of one operator; None if they can."""
+        norm1, _, norm2, _ = self.layers
+        for norm in (norm1, norm2):
+            if type(norm) is not nn.BatchNorm2d or not is_affine(norm):
+                return f"{type(norm).__name__} is not a BatchNorm2d with weight and bias"
+        return None
 
     def forward(self, relation: Tensor) -> Tensor:
         """Return (N, out, ...) for a relation (N, planes, ...), 4-d."""

@@ -152,16 +152,35 @@ def pairwise_attention_obstacle(
     Raises:
         BackendError: the CuPy kernels are asked for by name and cannot run on query's device.
     """
-    choice = choose_backend(query.device)
+    channels = value.shape[1]
+    return _obstacle(
+        query.device, query.dtype, *query.shape[1:], weight_channels, channels, kernel_size
+    )
+
+
+# torch.compile asks once for sizes, and need not look into it; it may see any number of images.
+@torch.compiler.assume_constant_result
+def _obstacle(
+    device: torch.device,
+    dtype: torch.dtype,
+    relation: int,
+    height: int,
+    width: int,
+    weight_channels: int,
+    channels: int,
+    kernel_size: int,
+) -> str | None:
+    choice = choose_backend(device)
     if choice.name == "torch":
         return choice.reason
-    return obstacle(query, layout_of(query, value, weight_channels, kernel_size))
+    sizes = (height, width, relation, weight_channels, channels, kernel_size)
+    return obstacle(dtype, Layout(1, *sizes))
 
 
 def _layout(query: Tensor, value: Tensor, weight2: Tensor, kernel_size: int) -> Layout | None:
     """Return the layout for the kernels, or None where the formulas do the work."""
     layout = layout_of(query, value, weight2.shape[0], kernel_size)
-    runs = runs_kernels(query.device) and obstacle(query, layout) is None
+    runs = runs_kernels(query.device) and obstacle(query.dtype, layout) is None
     return layout if runs else None
 
 

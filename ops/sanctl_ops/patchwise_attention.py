@@ -93,10 +93,26 @@ def patchwise_attention_obstacle(
     Raises:
         BackendError: the CuPy kernels are asked for by name and cannot run on query's device.
     """
-    choice = choose_backend(query.device)
+    share = value.shape[1] // hidden
+    return _obstacle(query.device, query.dtype, *query.shape[1:], hidden, share, kernel_size)
+
+
+# torch.compile asks once for sizes, and need not look into it; it may see any number of images.
+@torch.compiler.assume_constant_result
+def _obstacle(
+    device: torch.device,
+    dtype: torch.dtype,
+    relation: int,
+    height: int,
+    width: int,
+    hidden: int,
+    share: int,
+    kernel_size: int,
+) -> str | None:
+    choice = choose_backend(device)
     if choice.name == "torch":
         return choice.reason
-    return plan.obstacle(query.dtype, _sizes(query, value, hidden, kernel_size))
+    return plan.obstacle(dtype, Sizes(1, height, width, relation, hidden, share, kernel_size))
 
 
 def _sizes(query: Tensor, value: Tensor, hidden: int, kernel_size: int) -> Sizes:

@@ -61,10 +61,10 @@ def layout_of(query: Tensor, value: Tensor, weights: int, kernel_size: int) -> L
     return Layout(images, height, width, relation, weights, value.shape[1], kernel_size)
 
 
-def obstacle(query: Tensor, layout: Layout) -> str | None:
+def obstacle(dtype: torch.dtype, layout: Layout) -> str | None:
     """Return why the kernels cannot take these tensors, or None if they can."""
-    if query.dtype not in DTYPES:
-        return f"there are kernels for float16 and bfloat16, not for {query.dtype}"
+    if dtype not in DTYPES:
+        return f"there are kernels for float16 and bfloat16, not for {dtype}"
     reason = layout.obstacle()
     if reason is None and any(each is None for each in _walks(layout)):
         reason = f"windows of {layout.kernel_size} pixels do not fit shared memory"
