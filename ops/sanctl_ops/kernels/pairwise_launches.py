@@ -1,7 +1,7 @@
 """Launches of the kernels of pairwise attention, forward and backward."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,9 +56,11 @@ class Planes:
 
 
 def layout_of(query: Tensor, value: Tensor, weights: int, kernel_size: int) -> Layout:
-    """Return the layout of a layer."""
-    images, relation, height, width = query.shape
-    return Layout(images, height, width, relation, weights, value.shape[1], kernel_size)
+    """Return the layout of a layer; where shapes are symbolic, all but the batch become fixed."""
+    images, *sides = query.shape
+    relation, height, width = map(int, sides)
+    channels = int(value.shape[1])
+    return Layout(images, height, width, relation, int(weights), channels, kernel_size)
 
 
 def obstacle(query: Tensor, layout: Layout) -> str | None:
@@ -78,8 +80,12 @@ def _bytes(layout: Layout) -> tuple[int, int, int]:
 
 
 def _walks(layout: Layout) -> tuple[Tiles | None, ...]:
-    """Return the tiles over relations, over keys' relations, over values and over keys' values."""
+    """Return the tiles over relations, over keys' relations, over values and over keys' values.
+
+    They do not depend on the number of images.
+    """
     relation, values, slopes = _bytes(layout)
+    layout = replace(layout, images=1)
     few = MANY_CHANNELS_WARPS if layout.rel > 16 else MOST_WARPS
     return (
         tiles(layout, False, few, relation, MOST_SHARED_BYTES),
@@ -224,8 +230,8 @@ def pack(
     """Pack the weights, by the Gram matrix from `gram` or, without, by running statistics.
 
     Returns:
-        The packed weights, the Gram matrix as `pairwise_formulas.gram` returns it (left open
-        without sums), and the mean and variance that the second normalisation goes by.
+        The packed weights, the Gram matrix as `pairwise_formulas.gram` returns it (zero without
+        sums), and the mean and variance that the second normalisation goes by.
     """
     device, side, running = weight1.device, layout.relation + 3, sums is None
     found = torch.empty(side, side, dtype=torch.float64, device=device)

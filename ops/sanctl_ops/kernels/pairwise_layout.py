@@ -12,7 +12,7 @@ from sanctl_ops.kernels.geometry import DIVISOR, divisor, structure
 # As struct Tiling in pairwise.cuh.
 TILING = np.dtype(
     [(name, DIVISOR) for name in ("across", "down", "columns", "staged")]
-    + [(name, np.int32) for name in ("rows", "height", "width", "images")]
+    + [(name, np.int32) for name in ("rows", "height", "width")]
 )
 
 # As in pairwise.cuh.
@@ -198,7 +198,7 @@ def tiles(
         staged = (rows + more) * (columns + more)
         if staged * bytes_of_pixel <= most_bytes:
             fields = (divisor(across), divisor(down), divisor(columns), divisor(columns + more))
-            sides = (rows, layout.height, layout.width, layout.images)
+            sides = (rows, layout.height, layout.width)
             argument = structure((*fields, *sides), TILING)
             groups = -(-rows * columns // GROUP)
             warps = -(-groups // -(-groups // most_warps))
