@@ -52,7 +52,9 @@ class Planes:
     def arguments(self) -> tuple[Argument, ...]:
         """Return them with their strides."""
         planes = (self.query, self.key, self.position)
-        return tuple(a for x in planes for a in (x, strides_argument(x)))
+        # Columns are counted in 32 bits.
+        close = (x if x.stride(3) * x.shape[3] < 2**31 else x.contiguous() for x in planes)
+        return tuple(a for x in close for a in (x, strides_argument(x)))
 
 
 def layout_of(query: Tensor, value: Tensor, weights: int, kernel_size: int) -> Layout:
@@ -525,9 +527,7 @@ def close(
     parts = -(-layout.padded[1] // (THREADS // relation))
     mean, variance = wide(norm.mean), wide(norm.variance)
     base = layout.rel or relation
-    positions = [
-        x[..., base : base + 2].sum(0, dtype=torch.float64).float().contiguous() for x in sums
-    ]
+    positions = [x[..., base : base + 2].sum(0, dtype=torch.float64) for x in sums]
     slopes = (*sums, *positions)
     totals = torch.empty(
         (layout.images * relation + 2) * parts, 2, dtype=torch.float64, device=device

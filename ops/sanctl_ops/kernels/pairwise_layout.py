@@ -135,12 +135,15 @@ class Layout:
         shared = self.channels // self.weights
         if self.channels % 8 != 0 or self.blocks not in BLOCKS:
             return f"{shared} channels that share a weight do not make 2, 4 or 8 blocks"
-        if (
-            self.images * max(self.plane * self.size, math.prod(self.padded) * self.channels)
-            >= 2**34
-        ):
+        if self._is_large():
             return "the planes are too large"
         return None
+
+    def _is_large(self) -> bool:
+        """Tell whether 32 bits count too little: elements of an image, or vectors of all."""
+        relation, values = math.prod(self.padded) * self.size, self.plane * self.channels
+        of_image = max(relation, values, math.prod(self.logits_shape[1:]))
+        return of_image >= 2**31 or self.images * max(relation, values) >= 2**34
 
 
 @dataclass(frozen=True)

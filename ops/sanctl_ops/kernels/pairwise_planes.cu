@@ -43,8 +43,12 @@ struct Image {
         }
     }
 
-    __device__ float at(int which, int y, int x) const {
-        return widen(plane[which][y * strides[which].h + x * strides[which].w]);
+    // Where a row of the plane of queries or keys begins.
+    __device__ const T* row(int which, int y) const { return plane[which] + y * strides[which].h; }
+
+    // How far into a row a column is.
+    __device__ int column(int which, int x) const {
+        return x * static_cast<int>(strides[which].w);
     }
 
     // Where values of this image's channels begin, when all channels of all images have one.
@@ -77,13 +81,14 @@ __global__ void __launch_bounds__(THREADS)
     constexpr int R = K / 2;
     extern __shared__ double shared[];
     const Image<T> image({{query, key, position}, {sq, sk, sp}}, images, relation, parts);
-    const float query0 = image.at(0, 0, 0), key0 = image.at(1, 0, 0);
+    const float query0 = widen(*image.plane[0]), key0 = widen(*image.plane[1]);
     double totals[3] = {};
 #pragma unroll 1
     for (int x = image.first; x < width; x += image.step) {
         int columns[K];
 #pragma unroll
-        for (int j = 0; j < K; ++j) columns[j] = source<true>(x + j - R, width);
+        for (int j = 0; j < K; ++j) columns[j] = image.column(1, source<true>(x + j - R, width));
+        const int own_column = image.column(0, x);
         float sums[K] = {}, squares[K] = {}, sum = 0, square = 0, keys = 0;
 #pragma unroll 1
         for (int begin = 0; begin < height + 2 * R; begin += K)
@@ -91,17 +96,17 @@ __global__ void __launch_bounds__(THREADS)
             for (int i = 0; i < K; ++i) {
                 const int y = begin + i - R;
                 if (y >= height + R) break;
-                const int row = source<true>(y, height);
+                const T* row = image.row(1, source<true>(y, height));
                 sums[i] = squares[i] = 0;
 #pragma unroll
                 for (int j = 0; j < K; ++j) {
-                    const float value = image.at(1, row, columns[j]) - key0;
+                    const float value = widen(row[columns[j]]) - key0;
                     sums[i] += value;
                     squares[i] += value * value;
                     if (j == R && y >= 0 && y < height) keys += value;
                 }
                 if (y < R) continue;
-                const float centre = image.at(0, y - R, x) - query0;
+                const float centre = widen(image.row(0, y - R)[own_column]) - query0;
                 float taps = 0, tap_squares = 0;
 #pragma unroll
                 for (int k = 0; k < K; ++k) {
@@ -230,69 +235,61 @@ __global__ void __launch_bounds__(THREADS)
     store<8>(folded_key + at, values[1]);
 }
 
-// Sums over queries and, negative, over padded keys of the gradient behind the first normalisation:
-// `channels` of a pixel, of which this image's channels begin at `first`.
-struct Slopes {
-    const float* query;
-    const float* key;
-    int channels, first;
-
-    __device__ float of_query(int pixel, int channel) const {
-        return query[static_cast<long long>(pixel) * channels + first + channel];
+// Sums up one channel's slopes, and slopes times what was normalised, in the thread's columns; as in
+// close_columns.
+template <int K, typename T, typename F>
+__device__ inline void sum_columns(const Image<T>& image, const F* slope_query, const F* slope_key,
+                                   int channels, float centre, int height, int width,
+                                   double (&sums)[2]) {
+    constexpr int R = K / 2;
+    const int padded_width = width + 2 * R;
+    const float key0 = widen(*image.plane[1]);
+#pragma unroll 1
+    for (int x = image.first; x < padded_width; x += image.step) {
+        const int column = image.column(1, source<true>(x - R, width));
+#pragma unroll 4
+        for (int y = 0; y < height + 2 * R; ++y) {
+            const float value = widen(image.row(1, source<true>(y - R, height))[column]) - key0;
+            sums[1] += static_cast<double>(value) * slope_key[(y * padded_width + x) * channels];
+        }
+        if (x >= width) continue;
+        const int own_column = image.column(0, x);
+#pragma unroll 4
+        for (int y = 0; y < height; ++y) {
+            const double slope = slope_query[(y * width + x) * channels];
+            const float value = widen(image.row(0, y)[own_column]) - key0;
+            sums[0] += slope;
+            sums[1] += (static_cast<double>(value) - centre) * slope;
+        }
     }
-
-    __device__ float of_key(int pixel, int channel) const {
-        return key[static_cast<long long>(pixel) * channels + first + channel];
-    }
-};
-
-// Those of an image, or those of the positions, summed over images: two channels of a pixel.
-template <typename I>
-__device__ inline Slopes slopes_of(const I& image, const float* query, const float* key,
-                                   const float* positions_query, const float* positions_key,
-                                   int channels, int plane, int padded_plane) {
-    if (image.positions) return {positions_query, positions_key, 2, 0};
-    const long long n = image.number;
-    return {query + n * plane * channels, key + n * padded_plane * channels, channels, 0};
 }
 
-// For every channel of a part of an image, the sum of the slopes, and of slopes times what was
-// normalised: `totals`, two doubles each.
+// Slopes are sums over queries and, negative, over padded keys of the gradient behind the first
+// normalisation. Writes for every channel of a part of an image their sum, and that of slopes times
+// what was normalised, to `totals`. Slopes are laid out as `pairwise_close` takes them.
 template <typename T, int K>
 __global__ void __launch_bounds__(THREADS)
     pairwise_close_sums(const T* query, Strides sq, const T* key, Strides sk, const T* position,
                         Strides sp, const float* slopes_query, const float* slopes_key,
-                        const float* positions_query, const float* positions_key, const float* mean,
-                        double* totals, int images, int relation, int height, int width, int parts,
-                        int channels) {
-    constexpr int R = K / 2;
+                        const double* positions_query, const double* positions_key,
+                        const float* mean, double* totals, int images, int relation, int height,
+                        int width, int parts, int channels) {
     extern __shared__ double shared[];
     const Image<T> image({{query, key, position}, {sq, sk, sp}}, images, relation, parts);
-    const int padded_width = width + 2 * R;
-    const Slopes slopes = slopes_of(image, slopes_query, slopes_key, positions_query, positions_key,
-                                    channels, height * width, (height + 2 * R) * padded_width);
-    const float key0 = image.at(1, 0, 0);
-    const float centre = mean[image.positions ? relation + image.channel : image.channel];
+    const long long plane = height * width, padded = (height + K - 1) * (width + K - 1);
+    const long long n = image.number;
+    const int channel = image.channel;
     double sums[2] = {};
-#pragma unroll 1
-    for (int x = image.first; x < padded_width; x += image.step) {
-        const int column = source<true>(x - R, width);
-#pragma unroll 4
-        for (int y = 0; y < height + 2 * R; ++y) {
-            const float value = image.at(1, source<true>(y - R, height), column) - key0;
-            sums[1] += static_cast<double>(value) * slopes.of_key(y * padded_width + x, image.channel);
-        }
-        if (x >= width) continue;
-#pragma unroll 4
-        for (int y = 0; y < height; ++y) {
-            const float slope = slopes.of_query(y * width + x, image.channel);
-            sums[0] += slope;
-            sums[1] += (static_cast<double>(image.at(0, y, x) - key0) - centre) * slope;
-        }
-    }
+    if (image.positions)
+        sum_columns<K>(image, positions_query + channel, positions_key + channel, 2,
+                       mean[relation + channel], height, width, sums);
+    else
+        sum_columns<K>(image, slopes_query + n * plane * channels + channel,
+                       slopes_key + n * padded * channels + channel, channels, mean[channel], height,
+                       width, sums);
     sum_of_channel(sums, shared, image.channels);
     if (static_cast<int>(threadIdx.x) >= image.channels) return;
-    double* to = totals + ((image.before(relation) + image.channel) * parts + image.part) * 2;
+    double* to = totals + ((image.before(relation) + channel) * parts + image.part) * 2;
     to[0] = sums[0];
     to[1] = sums[1];
 }
@@ -332,36 +329,44 @@ __device__ inline int readings(int centre, int pixel, int side, int radius) {
            (pixel < side - 1 && 2 * (side - 1) - pixel - centre <= radius);
 }
 
-// Writes the gradients of query and key; those of the positions, as queries and as keys, go to
-// `grad_positions`, (2, 2, H * W).
-template <typename T, int K>
-__global__ void __launch_bounds__(THREADS)
-    pairwise_close(const T* query, Strides sq, const T* key, Strides sk, const T* position, Strides sp,
-                   const float* slopes_query, const float* slopes_key, const float* positions_query,
-                   const float* positions_key, const float* mean, const float* constants, T* grad_query,
-                   Strides gq, T* grad_key, Strides gk, float* grad_positions, int images,
-                   int relation, int height, int width, int parts, int channels) {
+// Where the gradients of a query's and a key's column go, and how far its rows are apart.
+template <typename O>
+struct Columns {
+    O* query;
+    O* key;
+    long long query_column, query_row, key_column, key_row;
+};
+
+// Writes one channel's gradients of query and key in the thread's columns. `slope_query` and
+// `slope_key` point to the channel's slopes at the first pixel, `channels` apart; constants are taken
+// `repeated` times.
+template <int K, typename T, typename F, typename O>
+__device__ inline void close_columns(const Image<T>& image, const F* slope_query, const F* slope_key,
+                                     int channels, float repeated, float centre,
+                                     const float* constants, const Columns<O>& to, int height,
+                                     int width) {
     constexpr int R = K / 2;
-    const Image<T> image({{query, key, position}, {sq, sk, sp}}, images, relation, parts);
-    const int padded_width = width + 2 * R, plane = height * width;
-    const Slopes slopes = slopes_of(image, slopes_query, slopes_key, positions_query, positions_key,
-                                    channels, plane, (height + 2 * R) * padded_width);
-    const int of_all = image.positions ? relation + image.channel : image.channel;
-    const float key0 = image.at(1, 0, 0), centre = mean[of_all];
-    const float factor = constants[of_all * 3];
-    const float repeated = image.positions ? images : 1;
-    const float constant = constants[of_all * 3 + 1] * repeated;
-    const float linear = constants[of_all * 3 + 2] * repeated;
+    const int padded_width = width + 2 * R;
+    const float key0 = widen(*image.plane[1]), factor = constants[0];
+    const float constant = constants[1] * repeated, linear = constants[2] * repeated;
 #pragma unroll 1
     for (int x = image.first; x < width; x += image.step) {
-        int columns[K];
+        O* const store_query = to.query + x * to.query_column;
+        O* const store_key = to.key + x * to.key_column;
+        int columns[2][K];
         float readers[K], all_readers = 0;
 #pragma unroll
         for (int j = 0; j < K; ++j) {
-            columns[j] = source<true>(x + j - R, width);
+#pragma unroll
+            for (int s = 0; s < 2; ++s)
+                columns[s][j] = image.column(s, source<true>(x + j - R, width));
             readers[j] = readings(x + j - R, x, width, R);
             all_readers += readers[j];
         }
+        int shown_x[IMAGES<true>];  // columns of padded keys that show this one; -1 for none
+#pragma unroll
+        for (int b = 0; b < IMAGES<true>; ++b)
+            shown_x[b] = ::image<true>(x, width, R, b, shown_x[b]) ? shown_x[b] + R : -1;
         float keys[K] = {}, queries[K] = {};
 #pragma unroll 1
         for (int begin = 0; begin < height + 2 * R; begin += K)
@@ -369,52 +374,85 @@ __global__ void __launch_bounds__(THREADS)
             for (int i = 0; i < K; ++i) {
                 const int y = begin + i - R;
                 if (y >= height + R) break;
-                const int row = source<true>(y, height);
+                const int shown = source<true>(y, height);
+                const T* query_row = image.row(0, shown);
+                const T* key_row = image.row(1, shown);
                 keys[i] = queries[i] = 0;
 #pragma unroll
                 for (int j = 0; j < K; ++j) {
-                    keys[i] += image.at(1, row, columns[j]) - key0;
-                    queries[i] += readers[j] * (image.at(0, row, columns[j]) - key0 - centre);
+                    keys[i] += widen(key_row[columns[1][j]]) - key0;
+                    queries[i] += readers[j] * (widen(query_row[columns[0][j]]) - key0 - centre);
                 }
                 const int own = y - R;  // the row in the middle of the last K
                 if (own < 0) continue;
-                float taps = 0, windows = 0, row_readers = 0;
+                float taps = 0, windows = 0, row_readers = 0, slope = 0;
+                // Far from the borders every row of the last K reads this one once.
+                const bool inside = own > R && own < height - 1 - R;
 #pragma unroll
-                for (int k = 0; k < K; ++k) {
-                    // Line k is the latest one up to i, and one of the round before behind it.
-                    const int line = begin + k - R - (k > i ? K : 0);
-                    const float reader = readings(line, own, height, R);
-                    taps += keys[k];
-                    windows += reader * queries[k];
-                    row_readers += reader;
-                }
-                const float own_query = image.at(0, own, x) - key0 - centre;
-                const float own_key = image.at(1, own, x) - key0, count = row_readers * all_readers;
-                float slope = 0;
+                for (int k = 0; k < K; ++k) taps += keys[k];
+                if (inside) {
+                    row_readers = K;
 #pragma unroll
-                for (int a = 0; a < 3; ++a)
+                    for (int k = 0; k < K; ++k) windows += queries[k];
+                } else
 #pragma unroll
-                    for (int b = 0; b < 3; ++b) {
-                        int shown_y, shown_x;
-                        if (::image<true>(own, height, R, a, shown_y) &&
-                            ::image<true>(x, width, R, b, shown_x))
-                            slope += slopes.of_key((shown_y + R) * padded_width + shown_x + R,
-                                                   image.channel);
+                    for (int k = 0; k < K; ++k) {
+                        // Line k is the latest one up to i, and one of the round before behind it.
+                        const int line = begin + k - R - (k > i ? K : 0);
+                        const float reader = readings(line, own, height, R);
+                        windows += reader * queries[k];
+                        row_readers += reader;
                     }
+#pragma unroll
+                for (int a = 0; a < IMAGES<true>; ++a) {
+                    int shown_y;
+                    if (a > 0 && inside) break;
+                    if (!::image<true>(own, height, R, a, shown_y)) continue;
+                    const F* line = slope_key + (shown_y + R) * padded_width * channels;
+#pragma unroll
+                    for (int b = 0; b < IMAGES<true>; ++b)
+                        if (shown_x[b] >= 0) slope += line[shown_x[b] * channels];
+                }
+                const float own_query = widen(image.row(0, own)[columns[0][R]]) - key0 - centre;
+                const float own_key = widen(image.row(1, own)[columns[1][R]]) - key0;
+                const float count = row_readers * all_readers;
                 const float of_query =
-                    factor * (slopes.of_query(own * width + x, image.channel) - K * K * constant -
+                    factor * (slope_query[(own * width + x) * channels] - K * K * constant -
                               linear * (K * K * own_query - taps));
                 const float of_key =
                     factor * (slope + count * constant + linear * (windows - count * own_key));
-                if (image.positions) {
-                    grad_positions[image.channel * plane + own * width + x] = of_query;
-                    grad_positions[(2 + image.channel) * plane + own * width + x] = of_key;
-                } else {
-                    grad_query[image.number * gq.n + image.channel * gq.c + own * gq.h + x * gq.w] =
-                        narrow<T>(of_query);
-                    grad_key[image.number * gk.n + image.channel * gk.c + own * gk.h + x * gk.w] =
-                        narrow<T>(of_key);
-                }
+                store_query[own * to.query_row] = narrow<O>(of_query);
+                store_key[own * to.key_row] = narrow<O>(of_key);
             }
+    }
+}
+
+// Writes the gradients of query and key; those of the positions, as queries and as keys, go to
+// `grad_positions`, (2, 2, H * W). Slopes of images have `channels` for every pixel, those of the
+// positions, which are summed over images, two.
+template <typename T, int K>
+__global__ void __launch_bounds__(THREADS)
+    pairwise_close(const T* query, Strides sq, const T* key, Strides sk, const T* position, Strides sp,
+                   const float* slopes_query, const float* slopes_key, const double* positions_query,
+                   const double* positions_key, const float* mean, const float* constants,
+                   T* grad_query, Strides gq, T* grad_key, Strides gk, float* grad_positions,
+                   int images, int relation, int height, int width, int parts, int channels) {
+    const Image<T> image({{query, key, position}, {sq, sk, sp}}, images, relation, parts);
+    const long long plane = height * width, padded = (height + K - 1) * (width + K - 1);
+    const int channel = image.channel;
+    if (image.positions) {
+        const int of_all = relation + channel;
+        const Columns<float> to = {grad_positions + channel * plane,
+                                   grad_positions + (2 + channel) * plane, 1, width, 1, width};
+        close_columns<K>(image, positions_query + channel, positions_key + channel, 2,
+                         static_cast<float>(images), mean[of_all], constants + of_all * 3, to,
+                         height, width);
+    } else {
+        const long long n = image.number;
+        const Columns<T> to = {grad_query + n * gq.n + channel * gq.c,
+                               grad_key + n * gk.n + channel * gk.c, gq.w, gq.h, gk.w, gk.h};
+        close_columns<K>(image, slopes_query + n * plane * channels + channel,
+                         slopes_key + n * padded * channels + channel, channels, 1.0f, mean[channel],
+                         constants + channel * 3, to, height, width);
     }
 }
