@@ -12,8 +12,9 @@ from sanctl_ops.attention import Attention, Norm
 from sanctl_ops.backend import choose_backend, runs_kernels
 from sanctl_ops.checks import check_alike, check_dtype, check_image, check_window
 from sanctl_ops.kernels import pairwise as kernels
-from sanctl_ops.kernels.pairwise_launches import Packed, Planes, Saved, layout_of, obstacle
-from sanctl_ops.kernels.pairwise_layout import Layout
+from sanctl_ops.kernels.pairwise_layout import Layout, layout_of
+from sanctl_ops.kernels.pairwise_saved import Packed, Planes, Saved
+from sanctl_ops.kernels.pairwise_tiles import obstacle
 from sanctl_ops.window import Window, accumulation_dtype, empty_planes, plane_format
 
 

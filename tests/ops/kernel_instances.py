@@ -88,21 +88,23 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
     },
     "pairwise_gram.cu": {"pairwise_gram": RELATIONS},
     "pairwise_logits.cu": {"pairwise_logits": RELATIONS},
-    "pairwise_planes.cu": {
+    "pairwise_close.cu": {
+        "pairwise_close_sums": PAIRWISE_PLANES,
+        "pairwise_join_close": [(flag,) for flag in FLAGS],
+        "pairwise_close": PAIRWISE_PLANES,
+    },
+    "pairwise_fold.cu": {
         "pairwise_moments": PAIRWISE_PLANES,
         "pairwise_join_moments": list(itertools.product(pairwise_layout.RELATIONS, FLAGS)),
         "pairwise_fold_relation": list(
             itertools.product(pairwise_layout.DTYPES, pairwise_layout.RELATIONS)
         ),
-        "pairwise_close_sums": PAIRWISE_PLANES,
-        "pairwise_join_close": [(flag,) for flag in FLAGS],
-        "pairwise_close": PAIRWISE_PLANES,
     },
     "pairwise_relation_gradient.cu": {
         "pairwise_relation_gradient": [(*r, flag) for r in RELATIONS for flag in FLAGS],
     },
-    "pairwise_sums.cu": {
-        "pairwise_aggregate": VALUES,
+    "pairwise_aggregate.cu": {"pairwise_aggregate": VALUES},
+    "pairwise_sums_gradient.cu": {
         "pairwise_logits_gradient": [(*v, s) for v in VALUES for s in pairwise_layout.SLOTS],
         "pairwise_value_gradient": VALUES,
         "pairwise_fold": PAIRWISE_PLANES,

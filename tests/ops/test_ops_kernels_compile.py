@@ -21,7 +21,7 @@ from torch import Tensor
 import sanctl_ops
 from sanctl_ops import kernels
 from sanctl_ops.checks import DTYPES
-from sanctl_ops.kernels import geometry, pairwise_layout, patchwise_plan, runtime
+from sanctl_ops.kernels import geometry, pairwise_tiles, patchwise_plan, runtime
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # Machine code, but not the fastest: that takes ten times as long.
@@ -33,7 +33,7 @@ STRUCTURES = {
     "Divisor": geometry.DIVISOR,
     "Shape": patchwise_plan.SHAPE,
     "Strides": geometry.STRIDES,
-    "Tiling": pairwise_layout.TILING,
+    "Tiling": pairwise_tiles.TILING,
     "Window": geometry.WINDOW,
 }
 PASSED = {"int": int, "unsigned": np.uint32, "double": float} | dict.fromkeys(

@@ -196,10 +196,11 @@ def test_two_runs_give_the_same_bits(device: str) -> None:
     assert all(first[name][0].equal(second[name][0]) for name in first)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_device
-def test_operator_is_well_formed(device: str) -> None:
+def test_operator_is_well_formed(device: str, dtype: torch.dtype) -> None:
     case = PairwiseCase("small", 4, 2, 3, 4, 3, batch=1, layout="channels_last")
-    inputs = draw(case).converted(device, torch.float32, torch.float32)
+    inputs = draw(case).converted(device, dtype, torch.float32)
     planes = (inputs.query, inputs.key, inputs.value, inputs.position)
     for running in (False, True):
         norms = [

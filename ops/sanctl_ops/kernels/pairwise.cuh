@@ -46,7 +46,6 @@ struct Tiling {
     Divisor staged;        // columns of a tile and of what its windows reach
     int rows;              // of a tile
     int height, width;     // of the planes
-    int images;
 };
 
 // One tile: its first row and column, in the padded plane where the walk is over KEYS.

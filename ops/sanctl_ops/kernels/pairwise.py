@@ -5,9 +5,14 @@ from torch import Tensor
 
 from sanctl_ops import pairwise_formulas as formulas
 from sanctl_ops.attention import Norm
-from sanctl_ops.kernels import pairwise_launches as launches
-from sanctl_ops.kernels.pairwise_launches import Planes, Saved
+from sanctl_ops.kernels import (
+    pairwise_planes,
+    pairwise_relation,
+    pairwise_sums,
+    pairwise_weights,
+)
 from sanctl_ops.kernels.pairwise_layout import TAIL, Layout
+from sanctl_ops.kernels.pairwise_saved import Planes, Saved, empty_packed
 from sanctl_ops.window import plane_format
 
 
@@ -21,15 +26,15 @@ def forward(
     layout: Layout,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], Saved]:
     """Return the output, the four statistics, and what the backward pass takes."""
-    folded, affine, mean1, variance1 = launches.fold(planes, layout, *norm1)
+    folded, affine, mean1, variance1 = pairwise_planes.fold(planes, layout, *norm1)
     by_batch = norm2.mean is None
-    sums = launches.gram(folded, affine, layout) if by_batch else None
-    packed, gram, mean2, variance2 = launches.pack(sums, weight1, weight2, norm2, layout)
-    logits, log_sums = launches.weigh(folded, affine, packed, layout)
-    rows = launches.rows_of(value)
-    most_value = launches.largest(rows)
+    sums = pairwise_weights.gram(folded, affine, layout) if by_batch else None
+    packed, gram, mean2, variance2 = pairwise_weights.pack(sums, weight1, weight2, norm2, layout)
+    logits, log_sums = pairwise_relation.weigh(folded, affine, packed, layout)
+    rows = pairwise_sums.rows_of(value)
+    most_value = pairwise_sums.largest(rows)
     saved = Saved(gram, folded, affine, packed, logits, log_sums, most_value)
-    out = _planes(launches.aggregate(rows, saved, layout), value)
+    out = _planes(pairwise_sums.aggregate(rows, saved, layout), value)
     return out, (mean1, variance1, mean2, variance2), saved
 
 
@@ -41,7 +46,7 @@ def empty_saved(query: Tensor, layout: Layout) -> Saved:
         query.new_empty(side, side, dtype=torch.float64),
         query.new_empty(2, images, plane, layout.size, dtype=half),
         query.new_empty(2 * TAIL, dtype=half),
-        launches.empty_packed(query, layout),
+        empty_packed(query, layout),
         query.new_empty(layout.logits_shape, dtype=half),
         query.new_empty(images, slabs, plane, slots, dtype=torch.float32),
         query.new_empty(1, dtype=torch.float32),
@@ -61,14 +66,14 @@ def backward(
     layout: Layout,
 ) -> formulas.Gradients:
     """Return the gradients; the norms hold the statistics that the forward pass went by."""
-    grad, value_rows, out = (launches.rows_of(x) for x in (grad, value, out))
-    most_slope = launches.largest(grad)
-    grad_logits = launches.logits_gradient(grad, value_rows, out, saved, most_slope, layout)
-    grad_value = _planes(launches.value_gradient(grad, saved, most_slope, layout), value)
-    sums = launches.weight_sums(saved, grad_logits, layout)
-    closing = launches.close2(sums, saved, most_slope, weight1, norm2, by_batch[1], layout)
-    slopes = launches.relation_sums(saved, grad_logits, closing, layout)
-    closed = launches.close(planes, layout, slopes, norm1, by_batch[0])
+    grad, value_rows, out = (pairwise_sums.rows_of(x) for x in (grad, value, out))
+    most_slope = pairwise_sums.largest(grad)
+    grad_logits = pairwise_sums.logits_gradient(grad, value_rows, out, saved, most_slope, layout)
+    grad_value = _planes(pairwise_sums.value_gradient(grad, saved, most_slope, layout), value)
+    sums = pairwise_weights.weight_sums(saved, grad_logits, layout)
+    closing = pairwise_weights.close2(sums, saved, most_slope, weight1, norm2, by_batch[1], layout)
+    slopes = pairwise_relation.relation_sums(saved, grad_logits, closing, layout)
+    closed = pairwise_planes.close(planes, layout, slopes, norm1, by_batch[0])
     return formulas.Gradients(
         closed.query,
         closed.key,

@@ -1,22 +1,12 @@
-"""How the kernels of pairwise attention cut up planes, and how they read weights (pairwise.cuh)."""
+"""Shapes of pairwise attention, and what its kernels make of them (pairwise.cuh)."""
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
-import numpy as np
 import torch
-
-from sanctl_ops.kernels.geometry import DIVISOR, divisor, structure
-
-# As struct Tiling in pairwise.cuh.
-TILING = np.dtype(
-    [(name, DIVISOR) for name in ("across", "down", "columns", "staged")]
-    + [(name, np.int32) for name in ("rows", "height", "width", "images")]
-)
+from torch import Tensor
 
 # As in pairwise.cuh.
-GROUP = 16
 TAIL = 8
 # Channels of the relation that there are kernels for, beside those within the tail.
 RELATIONS = (0, 16, 32, 64, 128)
@@ -26,14 +16,6 @@ SLOTS = (2, 4, 8)
 BLOCKS = (2, 4, 8)
 KERNEL_SIZES = (3, 5, 7)
 DTYPES = (torch.float16, torch.bfloat16)
-
-# Warps of a block, at most; those of a walk over relations of more than 16 channels; and products
-# that tensor cores add up before a sum is written.
-MOST_WARPS = 8
-MANY_CHANNELS_WARPS = 4
-MOST_PRODUCTS = 256
-# Shares that sums over all pixels are dealt out to, at least, where there are tiles enough.
-SHARES = 1024
 
 
 @dataclass(frozen=True)
@@ -135,79 +117,20 @@ class Layout:
         shared = self.channels // self.weights
         if self.channels % 8 != 0 or self.blocks not in BLOCKS:
             return f"{shared} channels that share a weight do not make 2, 4 or 8 blocks"
-        if (
-            self.images * max(self.plane * self.size, math.prod(self.padded) * self.channels)
-            >= 2**34
-        ):
+        if self._is_large():
             return "the planes are too large"
         return None
 
-
-@dataclass(frozen=True)
-class Tiles:
-    """A walk over planes, cut into tiles.
-
-    Attributes:
-        rows, columns: of a tile.
-        down, across: tiles of an image.
-        staged: pixels of a tile and of what its windows reach.
-        warps: of a block.
-        argument: struct Tiling.
-    """
-
-    rows: int
-    columns: int
-    down: int
-    across: int
-    staged: int
-    warps: int
-    argument: np.ndarray
-
-    @property
-    def of_image(self) -> int:
-        """Tiles of an image."""
-        return self.down * self.across
+    def _is_large(self) -> bool:
+        """Tell whether 32 bits count too little: elements of an image, or vectors of all."""
+        relation, values = math.prod(self.padded) * self.size, self.plane * self.channels
+        of_image = max(relation, values, math.prod(self.logits_shape[1:]))
+        return of_image >= 2**31 or self.images * max(relation, values) >= 2**34
 
 
-@cache
-def tiles(
-    layout: Layout, keys: bool, most_warps: int, bytes_of_pixel: int, most_bytes: int
-) -> Tiles | None:
-    """Cut a walk over queries or padded keys into tiles that fit shared memory.
-
-    Args:
-        layout: the layer.
-        keys: whether the walk is over padded keys.
-        most_warps: of a block.
-        bytes_of_pixel: what is staged of a pixel.
-        most_bytes: shared memory.
-
-    Returns:
-        Tiles of at most MOST_WARPS groups of pixels, or None if not even one row fits.
-    """
-    more = layout.kernel_size - 1
-    height, width = layout.padded if keys else (layout.height, layout.width)
-    most_pixels = MOST_WARPS * GROUP
-    for across in range(-(-width // most_pixels), width + 1):
-        columns = -(-width // across)
-        rows = min(height, most_pixels // columns)
-        while rows > 1 and (rows + more) * (columns + more) * bytes_of_pixel > most_bytes:
-            rows -= 1
-        down = -(-height // rows)
-        rows = -(-height // down)
-        staged = (rows + more) * (columns + more)
-        if staged * bytes_of_pixel <= most_bytes:
-            fields = (divisor(across), divisor(down), divisor(columns), divisor(columns + more))
-            sides = (rows, layout.height, layout.width, layout.images)
-            argument = structure((*fields, *sides), TILING)
-            groups = -(-rows * columns // GROUP)
-            warps = -(-groups // -(-groups // most_warps))
-            return Tiles(rows, columns, down, across, staged, warps, argument)
-    return None
-
-
-def tiles_of_share(layout: Layout, cut: Tiles) -> int:
-    """Return how many tiles a block takes whose sums run over all pixels."""
-    groups = -(-cut.rows * cut.columns // (GROUP * cut.warps))
-    most = max(1, MOST_PRODUCTS // (groups * layout.taps))
-    return max(1, min(most, layout.images * cut.of_image // SHARES))
+def layout_of(query: Tensor, value: Tensor, weights: int, kernel_size: int) -> Layout:
+    """Return the layout of a layer; where shapes are symbolic, all but the batch become fixed."""
+    images, *sides = query.shape
+    relation, height, width = map(int, sides)
+    channels = int(value.shape[1])
+    return Layout(images, height, width, relation, int(weights), channels, kernel_size)

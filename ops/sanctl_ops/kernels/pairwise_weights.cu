@@ -9,6 +9,10 @@ constexpr double LOG2_E = 1.4426950408889634;
 // What the factors of gradients are scaled to at most.
 constexpr float MOST_BACK = 1024;
 
+// Columns of a matrix with COLUMNS blocks in a row as it is packed.
+template <int COLUMNS>
+constexpr int WHOLE = (COLUMNS + 3) / 4 * 32;
+
 // Where an element of a matrix with COLUMNS blocks in a row is, in the order of struct Blocks.
 template <int COLUMNS>
 __device__ inline int packed_at(int row, int column) {
@@ -70,8 +74,8 @@ __global__ void __launch_bounds__(JOINING)
 }
 
 // A block for every padded hidden channel. `sums` is the upper half of the Gram matrix of all slots,
-// of which `gram` takes those that are used; if RUNNING, it is not read, and mean and variance are
-// given. `packed1` is the first convolution with the second normalisation, `packed2` the second one,
+// of which `gram` takes those that are used; if RUNNING, it is not read, gram becomes zero, and mean and
+// variance are given. `packed1` is the first convolution with the second normalisation, `packed2` the second one,
 // by weight channels, for logits to base 2, `packed2_back` the same by hidden channels.
 template <int REL, bool RUNNING>
 __global__ void __launch_bounds__(THREADS)
@@ -88,9 +92,10 @@ __global__ void __launch_bounds__(THREADS)
         return sums[min(i, j) * SIZE + max(i, j)];
     };
     double scale = 0, shift = 0;
+    for (int i = o; i <= channels; i += gridDim.x)
+        for (int j = threadIdx.x; j <= channels; j += THREADS)
+            gram[i * (channels + 1) + j] = RUNNING ? 0 : gram_at(i, j);
     if (!RUNNING) {
-        for (int i = o; i <= channels; i += gridDim.x)
-            for (int j = threadIdx.x; j <= channels; j += THREADS) gram[i * (channels + 1) + j] = gram_at(i, j);
         const double count = gram_at(channels, channels);
         double parts[2] = {};
         if (o < relation)
@@ -116,20 +121,20 @@ __global__ void __launch_bounds__(THREADS)
         scale = norm_weight[o] / sqrt(variance[o] + eps);
         shift = norm_bias[o] - scale * mean[o];
     }
-    for (int slot = threadIdx.x; slot < SIZE; slot += THREADS)
+    for (int slot = threadIdx.x; slot < WHOLE<CHUNKS<REL>>; slot += THREADS)
         packed1[packed_at<CHUNKS<REL>>(o, slot)] = to_half(0);
     __syncthreads();
     if (o < relation)
         for (int c = threadIdx.x; c <= channels; c += THREADS)
             packed1[packed_at<CHUNKS<REL>>(o, slot_of<REL>(c, relation))] =
                 to_half(c < channels ? scale * row[c] : shift);
-    for (int w = threadIdx.x; w < SLABS<REL> * 8; w += THREADS) {
-        if (o < HIDDEN<REL>)
-            packed2[packed_at<HIDDEN<REL> / 8>(w, o)] =
-                to_half(o < relation ? weight2[w % weights * relation + o] * LOG2_E : 0);
+    for (int w = threadIdx.x; w < SLABS<REL> * 8; w += THREADS)
+        for (int column = o; column < WHOLE<HIDDEN<REL> / 8>; column += gridDim.x)
+            packed2[packed_at<HIDDEN<REL> / 8>(w, column)] =
+                to_half(column < relation ? weight2[w % weights * relation + column] * LOG2_E : 0);
+    for (int w = threadIdx.x; w < WHOLE<SLABS<REL>>; w += THREADS)
         packed2_back[packed_at<SLABS<REL>>(o, w)] =
             to_half(o < relation && w < weights ? weight2[w * relation + o] : 0);
-    }
 }
 
 // A block for every hidden channel: gradients of the second normalisation and of both convolutions,
@@ -208,7 +213,7 @@ __global__ void __launch_bounds__(THREADS)
     int own = -1;  // the slot's channel
     for (int c = 0; c < channels; ++c)
         if (slot_of<REL>(c, relation) == static_cast<int>(blockIdx.x)) own = c;
-    for (int column = threadIdx.x; column < COLUMNS * 8; column += THREADS)
+    for (int column = threadIdx.x; column < WHOLE<COLUMNS>; column += THREADS)
         packed[packed_at<COLUMNS>(blockIdx.x, column)] = to_half(0);
     __syncthreads();
     if (own < 0) return;

@@ -1,0 +1,154 @@
+// The statistics of the first normalisation, and query and key folded with it: see pairwise_planes.cuh.
+#include "pairwise_planes.cuh"
+
+// Of d in one part of an image: the sum and the sum of squares of d - offset, the offset, and the sum
+// of key - first_key.
+struct Moments {
+    double sum, square, offset, first_key, key;
+};
+
+template <typename T, int K>
+__global__ void __launch_bounds__(THREADS)
+    pairwise_moments(const T* query, Strides sq, const T* key, Strides sk, const T* position,
+                     Strides sp, double* moments, int images, int relation, int height, int width,
+                     int parts) {
+    constexpr int R = K / 2;
+    extern __shared__ double shared[];
+    const Image<T> image({{query, key, position}, {sq, sk, sp}}, images, relation, parts);
+    const float query0 = widen(*image.plane[0]), key0 = widen(*image.plane[1]);
+    double totals[3] = {};
+#pragma unroll 1
+    for (int x = image.first; x < width; x += image.step) {
+        int columns[K];
+#pragma unroll
+        for (int j = 0; j < K; ++j) columns[j] = image.column(1, source<true>(x + j - R, width));
+        const int own_column = image.column(0, x);
+        float sums[K] = {}, squares[K] = {}, sum = 0, square = 0, keys = 0;
+#pragma unroll 1
+        for (int begin = 0; begin < height + 2 * R; begin += K)
+#pragma unroll
+            for (int i = 0; i < K; ++i) {
+                const int y = begin + i - R;
+                if (y >= height + R) break;
+                const T* row = image.row(1, source<true>(y, height));
+                sums[i] = squares[i] = 0;
+#pragma unroll
+                for (int j = 0; j < K; ++j) {
+                    const float value = widen(row[columns[j]]) - key0;
+                    sums[i] += value;
+                    squares[i] += value * value;
+                    if (j == R && y >= 0 && y < height) keys += value;
+                }
+                if (y < R) continue;
+                const float centre = widen(image.row(0, y - R)[own_column]) - query0;
+                float taps = 0, tap_squares = 0;
+#pragma unroll
+                for (int k = 0; k < K; ++k) {
+                    taps += sums[k];
+                    tap_squares += squares[k];
+                }
+                sum += K * K * centre - taps;
+                square += centre * (K * K * centre - 2 * taps) + tap_squares;
+            }
+        totals[0] += sum;
+        totals[1] += square;
+        totals[2] += keys;
+    }
+    sum_of_channel(totals, shared, image.channels);
+    if (static_cast<int>(threadIdx.x) >= image.channels) return;
+    Moments& found = reinterpret_cast<Moments*>(
+        moments)[(image.before(relation) + image.channel) * parts + image.part];
+    found = {totals[0], totals[1], static_cast<double>(query0) - key0, key0, totals[2]};
+}
+
+// A power of two near the scale of a position, which positions are multiplied by.
+__device__ inline float power_near(float scale) {
+    return scale == 0 ? 1 : ldexpf(1, max(-14, min(ilogbf(scale), 10)));
+}
+
+// A block for every channel. `constants` are (relation + 2, 2): the factor and the summand of z before
+// the ReLU. `affine` is what Relation takes; without REL channels, those of the relation are in its
+// tail, too. If RUNNING, mean and variance are given.
+template <int REL, bool RUNNING>
+__global__ void __launch_bounds__(THREADS)
+    pairwise_join_moments(const double* moments, const float* weight, const float* bias, float* mean,
+                          float* variance, float* constants, Half* affine, double eps, double count,
+                          int images, int relation, int parts) {
+    extern __shared__ double shared[];
+    const int channel = blockIdx.x;
+    const bool positions = channel >= relation;
+    double sums[2] = {};
+    if (!RUNNING)
+        for (int i = threadIdx.x; i < (positions ? parts : images * parts); i += THREADS) {
+            const int n = positions ? images : i / parts;
+            const Moments one = reinterpret_cast<const Moments*>(
+                moments)[(n * relation + (positions ? channel - relation : channel)) * parts + i % parts];
+            const double terms = i % parts == 0 ? count / images : 0;  // of an image
+            sums[0] += one.sum + terms * one.offset;
+            sums[1] += one.square + one.offset * (2 * one.sum + terms * one.offset);
+        }
+    sum_of_block(sums, shared);
+    if (threadIdx.x > 0) return;
+    if (!RUNNING) {
+        const double terms = positions ? count / images : count;
+        const double centre = sums[0] / terms;
+        mean[channel] = centre;
+        variance[channel] = max(sums[1] / terms - centre * centre, 0.0);
+    }
+    const double scale = weight[channel] / sqrt(static_cast<double>(variance[channel]) + eps);
+    const double shift = bias[channel] - scale * mean[channel];
+    constants[channel * 2] = scale;
+    constants[channel * 2 + 1] = shift;
+    const int base = REL > 0 ? 0 : relation;
+    if (positions) {
+        affine[base + channel - relation] = to_half(static_cast<float>(scale) / power_near(scale));
+        affine[TAIL + base + channel - relation] = to_half(shift);
+    } else if (REL == 0) {
+        affine[channel] = to_half(1);
+        affine[TAIL + channel] = to_half(0);
+    }
+    if (channel == 0)
+        for (int slot = base + 2; slot < TAIL; ++slot) {
+            affine[slot] = to_half(0);
+            affine[TAIL + slot] = to_half(slot == base + 2);
+        }
+}
+
+// Writes the folded planes of query and key; a thread takes 8 channels of a pixel. Each image's
+// channels are centred by the mean of the key, which cancels in differences.
+template <typename T, int REL>
+__global__ void __launch_bounds__(THREADS)
+    pairwise_fold_relation(const T* query, Strides sq, const T* key, Strides sk, const T* position,
+                           Strides sp, const double* moments, const float* constants, Half* folded_query,
+                           Half* folded_key, Divisor width, Divisor height, int images, int relation,
+                           int parts) {
+    constexpr int PIECES = CHUNKS<REL>;
+    const unsigned number = blockIdx.x * static_cast<unsigned>(THREADS) + threadIdx.x;
+    const int piece = number % PIECES;
+    unsigned rest = number / PIECES;
+    const int x = width.divide(rest), y = height.divide(rest), n = rest;
+    if (n >= images) return;
+    const int base = REL > 0 ? REL : relation;
+    const int plane = static_cast<int>(width.divisor * height.divisor);
+    float values[2][8] = {};
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+        const int slot = piece * 8 + e;
+        if (slot < relation && slot < base) {
+            const Moments* of_image = reinterpret_cast<const Moments*>(moments) + (n * relation + slot) * parts;
+            double sum = 0;
+            for (int p = 0; p < parts; ++p) sum += of_image[p].key;
+            const float mean = of_image->first_key + sum / plane;
+            const float scale = constants[slot * 2], shift = constants[slot * 2 + 1];
+            values[0][e] = scale * (widen(query[n * sq.n + slot * sq.c + y * sq.h + x * sq.w]) - mean) + shift;
+            values[1][e] = scale * (widen(key[n * sk.n + slot * sk.c + y * sk.h + x * sk.w]) - mean);
+        } else if (slot == base || slot == base + 1) {
+            const int c = slot - base;
+            values[0][e] = values[1][e] = widen(position[c * sp.c + y * sp.h + x * sp.w]) *
+                                          power_near(constants[(relation + c) * 2]);
+        }
+    }
+    const long long at = static_cast<long long>(number) * 8;
+    store<8>(folded_query + at, values[0]);
+    store<8>(folded_key + at, values[1]);
+}

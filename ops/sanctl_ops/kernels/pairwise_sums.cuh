@@ -1,0 +1,122 @@
+// Sums of values weighted by the softmax of stored logits, and their gradients: see pairwise.cuh and
+// pairwise_logits.cu.
+//
+// A warp takes 16 pixels and the channels of one slab: a weight channel's values lie in blocks of 8
+// neighbouring channels. Lane l has pixels l / 4 and l / 4 + 8, of every block channels 2 * (l % 4) and
+// the next one, and the weights of just these. Values and slopes are staged as halves, multiplied by
+// powers of two that keep them in range; sums over one row of taps are kept in halves, too, those over
+// rows in float.
+#pragma once
+
+#include "pairwise.cuh"
+
+constexpr unsigned NEVER = 0xfc00fc00;  // two logits of minus infinity
+
+// Where the channels of a slab lie.
+struct Channels {
+    int all;    // channels of a pixel
+    int step;   // between blocks
+    int first;  // of the lane, of the first block
+    int slot;   // the lane's first of two weight channels
+    int slots;
+
+    __device__ Channels(int channels, int channels_between, int slab, int slots, int lane)
+        : all(channels),
+          step(channels_between),
+          first(slab * 8 + lane % 4 * 2),
+          slot(lane % 4 * 2 & (slots - 1)),
+          slots(slots) {}
+};
+
+// Stages BLOCKS blocks of a slab's channels, `pitch` halves for every pixel.
+template <typename T, int BLOCKS, int K, bool KEYS>
+__device__ inline void stage_values(const T* planes, float scale, Half* to, const Place& place,
+                                    const Tiling& tiling, int channels, int step, int slab) {
+    constexpr int PITCH = BLOCKS * 8 + 8;
+    const int block = threadIdx.x % BLOCKS;
+    const T* image = planes + static_cast<long long>(place.n) * tiling.height * tiling.width * channels +
+                     slab * 8 + block * step;
+    const auto visit = [&](auto each) {
+        visit_staged<K, KEYS>(place, tiling, threadIdx.x / BLOCKS, blockDim.x / BLOCKS,
+                              [&](int at, int number, bool exists) {
+                                  each(to + at * PITCH + block * 8, number, exists);
+                              });
+    };
+    visit([&](Half* at, int number, bool exists) {
+        copy_or_clear<8>(reinterpret_cast<T*>(at), image + number * channels, exists);
+    });
+    end_group();
+    wait_for_groups<0>();
+    // Every thread converts what it has copied itself.
+    visit([&](Half* at, int, bool) {
+        float values[8];
+        load<8>(reinterpret_cast<const T*>(at), values);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) values[e] *= scale;
+        store<8>(at, values);
+    });
+    __syncthreads();
+}
+
+// The two weights of a lane, rounded.
+__device__ inline unsigned weights_of(unsigned logits, const float (&log_sums)[2]) {
+    return pack<Half>(power_of_two(first_of(logits) - log_sums[0]),
+                      power_of_two(second_of(logits) - log_sums[1]));
+}
+
+// Shared address of this lane's row for load_matrices: pixel l % 16 and block l / 16.
+template <int BLOCKS>
+__device__ inline unsigned value_row(const Half* staged, int number, int lane) {
+    return shared_address(staged) + number * (BLOCKS * 8 + 8) * 2 + lane / 16 * 16;
+}
+
+// Reads the lane's values of all blocks, of a neighbour `offset` bytes behind the first one.
+template <int BLOCKS>
+__device__ inline void load_values(unsigned row, unsigned (&values)[BLOCKS][2]) {
+    if constexpr (BLOCKS == 1) load_matrices<false>(row, values[0]);
+    else
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b += 2) {
+            unsigned four[4];
+            load_matrices<false>(row + b * 16, four);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) values[b + e / 2][e % 2] = four[e];
+        }
+}
+
+// Sums of a lane's values.
+template <int BLOCKS>
+struct ValueSums {
+    unsigned row[BLOCKS][2];     // of one row of taps
+    float rows[BLOCKS][2][2];
+
+    __device__ ValueSums() {
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) rows[b][h][0] = rows[b][h][1] = 0;
+    }
+
+    __device__ void begin_row() {
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b) row[b][0] = row[b][1] = 0;
+    }
+
+    __device__ void add(const unsigned (&values)[BLOCKS][2], const unsigned (&weights)[2]) {
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+                row[b][h] = multiply_add_pairs(values[b][h], weights[h], row[b][h]);
+    }
+
+    __device__ void end_row() {
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                rows[b][h][0] += first_of(row[b][h]);
+                rows[b][h][1] += second_of(row[b][h]);
+            }
+    }
+};

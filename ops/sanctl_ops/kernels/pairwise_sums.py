@@ -1,0 +1,94 @@
+"""Launches of pairwise_aggregate.cu and pairwise_sums_gradient.cu."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sanctl_ops.kernels.geometry import WARP, divisor_argument
+from sanctl_ops.kernels.pairwise_layout import Layout
+from sanctl_ops.kernels.pairwise_saved import Saved
+from sanctl_ops.kernels.pairwise_tiles import Tiles, slope_walk, value_walk
+from sanctl_ops.kernels.runtime import Argument, kernel, launch
+
+AGGREGATE = "pairwise_aggregate.cu"
+GRADIENT = "pairwise_sums_gradient.cu"
+# Threads of a block that folds.
+THREADS = 256
+
+
+def rows_of(planes: Tensor) -> Tensor:
+    """Return (N, H, W, C), dense and aligned for vectors; a view of channels_last planes."""
+    rows = planes.movedim(1, -1).contiguous()
+    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
+
+
+def largest(planes: Tensor) -> Tensor:
+    """Return the largest value, disregarding signs, (1,)."""
+    return torch.linalg.vector_norm(planes, math.inf, dtype=torch.float32).view(1)
+
+
+def aggregate(value: Tensor, saved: Saved, layout: Layout) -> Tensor:
+    """Return the weighted sums of values (N, H, W, C), laid out alike."""
+    cut, out = value_walk(layout), torch.empty_like(value)
+    sums = (saved.logits, saved.log_sums, value, out, saved.most_value)
+    _launch_sums(AGGREGATE, "pairwise_aggregate", layout, cut, value, sums)
+    return out
+
+
+def logits_gradient(
+    grad: Tensor, value: Tensor, out: Tensor, saved: Saved, most_slope: Tensor, layout: Layout
+) -> Tensor:
+    """Return the gradient of the natural logits, scaled; planes come by rows."""
+    cut, grad_logits = value_walk(layout), torch.empty_like(saved.logits)
+    most = (saved.most_value, most_slope)
+    sums = (grad, saved.logits, saved.log_sums, value, out, grad_logits, *most)
+    name = "pairwise_logits_gradient"
+    _launch_sums(GRADIENT, name, layout, cut, value, sums, (layout.slots,))
+    return grad_logits
+
+
+def value_gradient(grad: Tensor, saved: Saved, most_slope: Tensor, layout: Layout) -> Tensor:
+    """Return the gradient of the values, by rows as grad is."""
+    cut, device = slope_walk(layout), grad.device
+    padded = torch.empty(layout.images, *layout.padded, layout.channels, device=device)
+    sums = (grad, saved.logits, saved.log_sums, padded, most_slope)
+    _launch_sums(GRADIENT, "pairwise_value_gradient", layout, cut, grad, sums)
+    folded = torch.empty_like(grad)
+    launch(
+        kernel(GRADIENT, "pairwise_fold", grad.dtype, layout.kernel_size),
+        device,
+        -(-folded.numel() // (8 * THREADS)),
+        THREADS,
+        (
+            *(padded, folded, divisor_argument(layout.channels // 8)),
+            *(divisor_argument(layout.width), divisor_argument(layout.height), layout.images),
+        ),
+    )
+    return folded
+
+
+def _launch_sums(
+    source: str,
+    name: str,
+    layout: Layout,
+    cut: Tiles,
+    rows: Tensor,
+    arguments: tuple[Argument, ...],
+    known_slots: tuple[int, ...] = (),
+) -> None:
+    """Launch a kernel whose blocks take the channels of a slab of a tile.
+
+    `known_slots` is a template's parameter; without it, the slots are an argument.
+    """
+    launch(
+        kernel(source, name, rows.dtype, layout.blocks, layout.kernel_size, *known_slots),
+        rows.device,
+        layout.images * cut.of_image * layout.slabs,
+        cut.warps * WARP,
+        (
+            *(*arguments, cut.argument, divisor_argument(layout.slabs)),
+            *(*(() if known_slots else (layout.slots,)), layout.channels, layout.step),
+        ),
+        cut.shared_bytes,
+    )
