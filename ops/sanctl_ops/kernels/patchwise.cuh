@@ -90,6 +90,27 @@ __device__ inline void scale_of(float bound, float& scale, float& inverse) {
     inverse = __uint_as_float(static_cast<unsigned>(254 - wanted) << 23);
 }
 
+// Where a thread is among the pixels that a block goes through in turn, without dividing each time.
+struct Walk {
+    int place, row, column;  // of all places, and of a row of `columns`
+
+    __device__ Walk(int first, int step, int columns)
+        : place(first), row(first / columns), column(first % columns), step(step),
+          down(step / columns), across(step % columns), columns(columns) {}
+
+    __device__ void next() {
+        place += step;
+        row += down;
+        column += across;
+        if (column < columns) return;
+        column -= columns;
+        ++row;
+    }
+
+  private:
+    int step, down, across, columns;
+};
+
 // As near to x as a finite half can be; a NaN stays one.
 __device__ inline float within_halves(float x) {
     x = x > MOST_HALF ? MOST_HALF : x;
@@ -144,23 +165,14 @@ __device__ inline void stage_relation(Half* to, int pitch, const T* image, int i
                                       int rows, int columns, int first, int chunks) {
     const int step = blockDim.x / chunks, chunk = threadIdx.x % chunks * 8;
     const EightUnits own(units, first + chunk);
-    int place = threadIdx.x / chunks;
-    if (place >= step) return;
-    int row = place / columns, column = place % columns;
-    const int down = step / columns, across = step % columns;
-    for (; row < rows; place += step) {
-        const int y = source<true>(top + row, shape.height);
-        const int x = source<true>(left + column, shape.width);
+    if (threadIdx.x >= step * chunks) return;
+    for (Walk at(threadIdx.x / chunks, step, columns); at.row < rows; at.next()) {
+        const int y = source<true>(top + at.row, shape.height);
+        const int x = source<true>(left + at.column, shape.width);
         const T* pixel = image + static_cast<long long>(y * shape.width + x) * image_pitch;
         float values[8];
         load_channels(pixel, first + chunk, shape.relation, shape.relation_vector, values);
-        *reinterpret_cast<Vector<unsigned, 4>*>(to + place * pitch + chunk) = own.apply(values);
-        row += down;
-        column += across;
-        if (column >= columns) {
-            column -= columns;
-            ++row;
-        }
+        *reinterpret_cast<Vector<unsigned, 4>*>(to + at.place * pitch + chunk) = own.apply(values);
     }
 }
 
