@@ -2,9 +2,10 @@
 
 `subtraction`, `subtraction2`, `concatenation` and `aggregation` make up the self-attention networks
 of Zhao, Jia and Koltun, "Exploring Self-attention for Image Recognition" (CVPR 2020), and
-`batch_norm_relu` serves the layers that make their weights. They are custom operators
+`batch_norm_relu` serves the layers that make their weights. `patchwise_attention` is what they make
+up with the concatenation relation, in one operator. They are custom operators
 (`torch.ops.sanctl`): torch.compile passes through them, forward and backward, without a graph
-break. torch's FLOP counter knows the first four, and counts no batch normalisation of any kind.
+break. torch's FLOP counter knows them, and counts no batch normalisation of any kind.
 """
 
 from sanctl_ops.aggregation import aggregation

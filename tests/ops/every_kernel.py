@@ -14,13 +14,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from kernel_instances import TEMPLATES, instances
+from kernel_instances import HIDDEN_TILES, TEMPLATES, instances
+from patchwise_cases import Case, attended
 from torch import Tensor
 
 import sanctl_ops
 from sanctl_ops import kernels
 from sanctl_ops.checks import DTYPES
-from sanctl_ops.kernels import aggregation_mma, runtime
+from sanctl_ops.kernels import aggregation_mma, patchwise_plan, runtime
 from sanctl_ops.kernels.geometry import SAME_KERNEL_SIZES
 
 # Sides that every vector width and every way to share rows among warps serves.
@@ -50,6 +51,12 @@ def run_windows(
     differentiate(on_windows(sanctl_ops.aggregation), values, weights, dtype=dtype)
 
 
+def run_patchwise(dtype: torch.dtype, hidden: int, size: int) -> None:
+    case = Case("", 16, 9, size, relation=2 * hidden, hidden=hidden)
+    x = case.inputs().to("cuda", dtype, torch.float32)
+    attended(x, torch.randn_like(x.value))
+
+
 def main() -> None:
     """Run all, and fail if a kernel that may be asked for was not launched."""
     sanctl_ops.set_backend("cupy")
@@ -76,6 +83,11 @@ def main() -> None:
                 shape,
                 dtype=dtype,
             )
+    hidden_channels = (2, *(8 * tiles for tiles in HIDDEN_TILES))
+    for dtype, hidden, size in itertools.product(
+        patchwise_plan.DTYPES, hidden_channels, SAME_KERNEL_SIZES
+    ):
+        run_patchwise(dtype, hidden, size)
     torch.cuda.synchronize()
     missing = {kernel for source in TEMPLATES for kernel in instances(source)} - launched
     if missing:

@@ -20,6 +20,7 @@ from sanctl_ops.kernels import runtime
 from sanctl_ops.kernels.runtime import Kernel
 
 EMULATION = Path(__file__).parent / "cuda_on_cpu"
+OPTIONS = ("-std=c++20", "-O1", "-w", "-fPIC", "-pthread")
 DECLARATION = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(([^)]*)\)")
 ENTRY = """
 extern "C" void launch(unsigned blocks, unsigned threads, {parameters}) {{
@@ -35,6 +36,9 @@ class Launcher:
         self._folder = folder
         for source in (*runtime.SOURCES.glob("*.cu*"), *EMULATION.iterdir()):
             shutil.copy(source, folder)
+        # Parsing the standard library's headers would take most of the time.
+        header = folder / "cuda_on_cpu.hpp"
+        subprocess.run(["g++", *OPTIONS, "-x", "c++-header", header], check=True)
         self._compiled: dict[Kernel, ctypes.CDLL] = {}
         self.launched: list[Kernel] = []
 
@@ -77,10 +81,10 @@ class Launcher:
             arguments=", ".join(arguments),
         )
         program = self._folder / f"kernel{len(self._compiled)}.cpp"
-        program.write_text(f'#include "{kernel.source}"\n{entry}', encoding="utf-8")
+        includes = f'#include "cuda_on_cpu.hpp"\n#include "{kernel.source}"\n'
+        program.write_text(includes + entry, encoding="utf-8")
         library = program.with_suffix(".so")
-        options = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
-        subprocess.run(["g++", *options, "-o", library, program], check=True)
+        subprocess.run(["g++", *OPTIONS, "-shared", "-o", library, program], check=True)
         return ctypes.CDLL(str(library))
 
 

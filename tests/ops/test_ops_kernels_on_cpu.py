@@ -11,7 +11,7 @@ from kernels_on_cpu import Launcher
 from op_cases import OPERATORS, Case, laid_out
 from pairwise_oracle import PairwiseCase, distance, draw, fused, gradients, unfused
 from patchwise_cases import Case as PatchwiseCase
-from patchwise_cases import attended, differentiated, distances, expected
+from patchwise_cases import attended, away_from_kinks, differentiated, distances, expected
 
 import sanctl_ops
 from sanctl_ops import kernels
@@ -93,8 +93,9 @@ def test_kernels_compute_what_the_formulas_do(
 
 
 PATCHWISE_CASES = [
-    (torch.bfloat16, PatchwiseCase("tiles", 17, 5, 3, relation=3, hidden=3, share=5, batch=1)),
-    (torch.float16, PatchwiseCase("evaluated", 4, 5, 5, 20, 12, training=False, layout="sliced")),
+    (torch.bfloat16, PatchwiseCase("narrow", 18, 5, 3, batch=1)),
+    (torch.bfloat16, PatchwiseCase("tiles", 15, 5, 3, relation=5, hidden=3, share=5, batch=1)),
+    (torch.float16, PatchwiseCase("wide", 4, 5, 5, 20, 12, 3, 1, training=False, layout="sliced")),
 ]
 
 
@@ -105,7 +106,7 @@ PATCHWISE_CASES = [
 def test_patchwise_kernels_agree_with_autograd(
     dtype: torch.dtype, case: PatchwiseCase, launcher: Launcher
 ) -> None:
-    x = case.inputs().to("cpu", dtype, torch.float32)
+    x = away_from_kinks(case, "cpu", dtype)
     truth = x.to("cpu", torch.float64, torch.float64)
     out = expected(truth)
     grad = torch.randn_like(out).to(dtype)

@@ -1,5 +1,6 @@
 """Patchwise attention: against float64 autograd through its definition, and as torch sees it."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from patchwise_cases import (
     Case,
     Inputs,
     attended,
+    away_from_kinks,
     differentiated,
     distances,
     expected,
@@ -19,7 +21,14 @@ from patchwise_cases import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sanctl_ops import Norm, patchwise_attention, patchwise_formulas
+from sanctl_ops import (
+    Norm,
+    patchwise_attention,
+    patchwise_attention_reason,
+    patchwise_formulas,
+)
+from sanctl_ops.kernels import patchwise_plan, runtime
+from sanctl_ops.kernels.patchwise_plan import Sizes
 from sanctl_ops.relation_statistics import relation_statistics
 
 each_device = pytest.mark.parametrize("device", DEVICES)
@@ -63,7 +72,7 @@ def by_autocast(x: Inputs, grad: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("case", [*CASES, *HOSTILE], ids=lambda case: case.name)
 @each_device
 def test_sixteen_bits_are_as_near_as_autocast(case: Case, dtype: torch.dtype, device: str) -> None:
-    x = case.inputs().to(device, dtype, torch.float32)
+    x = away_from_kinks(case, device, dtype)
     truth = x.to("cpu", torch.float64, torch.float64)
     out = expected(truth)
     grad = torch.randn_like(out).to(dtype)
@@ -208,3 +217,42 @@ def test_unusable_arguments(changed: dict[str, Any], message: str) -> None:
     x = Case("", 6, 7, 3).inputs().to("cpu", torch.float32, torch.float32)
     with pytest.raises(ValueError, match=message):
         patchwise_attention(*(vars(x) | changed).values())
+
+
+SAN10_LAYER = Sizes(256, 28, 28, relation=32, hidden=16, share=8, kernel_size=7)
+
+
+def reason(**changed: int) -> str | None:
+    sizes = Sizes(**{**vars(SAN10_LAYER), **changed})
+    return patchwise_plan.obstacle(torch.bfloat16, sizes)
+
+
+def test_a_reason_tells_why_no_kernels_run() -> None:
+    assert reason() is None
+    assert "take float16 and bfloat16, not float32" in str(
+        patchwise_plan.obstacle(torch.float32, SAN10_LAYER)
+    )
+    assert "3, 5 and 7 taps, not 9" in str(reason(kernel_size=9))
+    assert "not 128 shared by 8" in str(reason(hidden=128))
+    assert "not 16 shared by 16" in str(reason(share=16))
+    assert "1024 relation channels do not fit" in str(reason(relation=1024))
+    x = CASES[0].inputs()
+    assert "CUDA device, not cpu" in str(patchwise_attention_reason(x.query, x.value, 2, 3))
+
+
+@pytest.mark.parametrize("sides", [(4, 4), (5, 31), (15, 17), (7, 7), (112, 112), (29, 211)])
+@pytest.mark.parametrize("hidden", [2, 8, 16, 32, 64])
+def test_tiles_cover_images_and_fit(sides: tuple[int, int], hidden: int) -> None:
+    sizes = Sizes(2, *sides, relation=2 * hidden, hidden=hidden, share=8, kernel_size=7)
+    for needed in (patchwise_plan.bytes_of_hidden, patchwise_plan.bytes_of_slopes):
+        tiling = patchwise_plan.tiling(sizes, needed)
+        assert tiling is not None
+        for side, tiles, most in zip(
+            sides, (tiling.down, tiling.across), (tiling.rows, tiling.columns), strict=True
+        ):
+            starts = [i * side // tiles for i in range(tiles + 1)]
+            lengths = [b - a for a, b in itertools.pairwise(starts)]
+            assert max(lengths) == most
+            # What lies beyond a border mirrors pixels of the tile there.
+            assert min(lengths) > 3
+        assert needed(sizes, tiling) <= runtime.MOST_SHARED_BYTES

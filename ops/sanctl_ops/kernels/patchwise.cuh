@@ -90,6 +90,27 @@ __device__ inline void scale_of(float bound, float& scale, float& inverse) {
     inverse = __uint_as_float(static_cast<unsigned>(254 - wanted) << 23);
 }
 
+// Where a thread is among the pixels that a block goes through in turn, without dividing each time.
+struct Walk {
+    int place, row, column;  // of all places, and of a row of `columns`
+
+    __device__ Walk(int first, int step, int columns)
+        : place(first), row(first / columns), column(first % columns), step(step),
+          down(step / columns), across(step % columns), columns(columns) {}
+
+    __device__ void next() {
+        place += step;
+        row += down;
+        column += across;
+        if (column < columns) return;
+        column -= columns;
+        ++row;
+    }
+
+  private:
+    int step, down, across, columns;
+};
+
 // As near to x as a finite half can be; a NaN stays one.
 __device__ inline float within_halves(float x) {
     x = x > MOST_HALF ? MOST_HALF : x;
@@ -115,33 +136,43 @@ struct Units {
 
     __device__ Units(const float* table, bool query, int tiles)
         : pivots(table + (query ? 2 : 0) * PIXELS * tiles), units(pivots + PIXELS * tiles) {}
+};
 
-    // Eight channels from `first` on, of `count`, in units; zeros beyond.
-    __device__ Vector<unsigned, 4> apply(const float (&values)[8], int first, int count) const {
-        float x[8];
+// Eight channels' pivots and units, which are zero for channels that there are not.
+struct EightUnits {
+    float pivots[8], units[8];
+
+    __device__ EightUnits(const Units& from, int first) {
+        load<8>(from.pivots + first, pivots);
+        load<8>(from.units + first, units);
+    }
+
+    __device__ Vector<unsigned, 4> apply(const float (&values)[8]) const {
+        Vector<unsigned, 4> halves;
 #pragma unroll
-        for (int e = 0; e < 8; ++e)
-            x[e] = first + e < count ? (values[e] - pivots[first + e]) * units[first + e] : 0.0f;
-        return {pack_halves(x[0], x[1]), pack_halves(x[2], x[3]), pack_halves(x[4], x[5]),
-                pack_halves(x[6], x[7])};
+        for (int e = 0; e < 4; ++e)
+            halves.at[e] = pack_halves((values[2 * e] - pivots[2 * e]) * units[2 * e],
+                                       (values[2 * e + 1] - pivots[2 * e + 1]) * units[2 * e + 1]);
+        return halves;
     }
 };
 
 // Stages `rows` x `columns` pixels from (top, left) on, which mirror those inside the image: channels
-// `first` to `first + 8 * chunks - 1`, in units.
+// `first` to `first + 8 * chunks - 1`, in units. A thread stays with its channels.
 template <typename T>
 __device__ inline void stage_relation(Half* to, int pitch, const T* image, int image_pitch,
                                       const Units& units, const Shape& shape, int top, int left,
                                       int rows, int columns, int first, int chunks) {
-    for (int i = threadIdx.x; i < rows * columns * chunks; i += blockDim.x) {
-        const int place = i / chunks, channel = first + i % chunks * 8;
-        const int y = source<true>(top + place / columns, shape.height);
-        const int x = source<true>(left + place % columns, shape.width);
+    const int step = blockDim.x / chunks, chunk = threadIdx.x % chunks * 8;
+    const EightUnits own(units, first + chunk);
+    if (threadIdx.x >= step * chunks) return;
+    for (Walk at(threadIdx.x / chunks, step, columns); at.row < rows; at.next()) {
+        const int y = source<true>(top + at.row, shape.height);
+        const int x = source<true>(left + at.column, shape.width);
         const T* pixel = image + static_cast<long long>(y * shape.width + x) * image_pitch;
         float values[8];
-        load_channels(pixel, channel, shape.relation, shape.relation_vector, values);
-        *reinterpret_cast<Vector<unsigned, 4>*>(to + place * pitch + i % chunks * 8) =
-            units.apply(values, channel, shape.relation);
+        load_channels(pixel, first + chunk, shape.relation, shape.relation_vector, values);
+        *reinterpret_cast<Vector<unsigned, 4>*>(to + at.place * pitch + chunk) = own.apply(values);
     }
 }
 

@@ -11,6 +11,7 @@ template <int WT>
 __device__ inline void add_tap(const unsigned (&rows)[TOGETHER<WT>], const Half* affine,
                                const Half* weights, int tiles, int lane,
                                float (&sums)[TOGETHER<WT>][WT][4]) {
+#pragma unroll 1
     for (int r = 0; r < tiles; ++r) {
         const auto line = reinterpret_cast<const Vector<unsigned, 4>*>(affine)[r * 4 + lane % 4];
         Vector<unsigned, 2> b[WT];

@@ -56,9 +56,9 @@ __device__ inline float stage_pixels(Half* to, float* most, const T* image, int 
                                      const Shape& shape, const Tile& tile) {
     const int columns = tile.filled + 2 * RADIUS, pixels = (tile.rows + 2 * RADIUS) * columns;
     unsigned largest = 0;
-    for (int i = threadIdx.x; i < pixels; i += blockDim.x) {
-        const int y = source<REFLECT>(tile.top - RADIUS + i / columns, shape.height);
-        const int x = source<REFLECT>(tile.left - RADIUS + i % columns, shape.width);
+    for (Walk at(threadIdx.x, blockDim.x, columns); at.place < pixels; at.next()) {
+        const int y = source<REFLECT>(tile.top - RADIUS + at.row, shape.height);
+        const int x = source<REFLECT>(tile.left - RADIUS + at.column, shape.width);
         const bool exists = y >= 0 && x >= 0;
         unsigned pairs[SHARE];
         Vector<unsigned, 4> values[WIDE];
@@ -68,7 +68,7 @@ __device__ inline float stage_pixels(Half* to, float* most, const T* image, int 
 #pragma unroll
         for (int w = 0; w < WIDE; ++w) {
             largest = larger_than<T>(largest, values[w]);
-            *reinterpret_cast<Vector<unsigned, 4>*>(to + narrow_place(i, w)) = values[w];
+            *reinterpret_cast<Vector<unsigned, 4>*>(to + narrow_place(at.place, w)) = values[w];
         }
     }
     float scale, inverse;

@@ -67,12 +67,13 @@ __device__ inline void visit_mirrored(const Shape& shape, const Tile& tile, int 
                                       Visit visit) {
     const int y = i / tile.filled, x = i % tile.filled, pitch = tile.filled + 2 * radius;
 #pragma unroll 1
-    for (int which = 1; which < 9; ++which) {
+    for (int down = 0; down < IMAGES<true>; ++down) {
         int row, column;
-        const bool exists =
-            image<true>(tile.top + y, shape.height, radius, which / 3, row) &&
-            image<true>(tile.left + x, shape.width, radius, which % 3, column);
-        if (exists) visit((row - tile.top + radius) * pitch + column - tile.left + radius);
+        if (!image<true>(tile.top + y, shape.height, radius, down, row)) continue;
+#pragma unroll 1
+        for (int across = down == 0; across < IMAGES<true>; ++across)
+            if (image<true>(tile.left + x, shape.width, radius, across, column))
+                visit((row - tile.top + radius) * pitch + column - tile.left + radius);
     }
 }
 

@@ -79,9 +79,9 @@ __device__ inline float stage_values(Half* to, float* most, const T* image, int 
     const int columns = tile.filled + 2 * halo, pixels = (tile.rows + 2 * halo) * columns;
     const int count = shape.hidden - first;
     unsigned largest = 0;
-    for (int i = threadIdx.x; i < pixels; i += blockDim.x) {
-        const int y = source<REFLECT>(tile.top - halo + i / columns, shape.height);
-        const int x = source<REFLECT>(tile.left - halo + i % columns, shape.width);
+    for (Walk at(threadIdx.x, blockDim.x, columns); at.place < pixels; at.next()) {
+        const int y = source<REFLECT>(tile.top - halo + at.row, shape.height);
+        const int x = source<REFLECT>(tile.left - halo + at.column, shape.width);
         const bool exists = y >= 0 && x >= 0;
         const T* pixel = image + (exists ? static_cast<long long>(y * shape.width + x) : 0) *
                                      image_pitch + first;
@@ -100,7 +100,7 @@ __device__ inline float stage_values(Half* to, float* most, const T* image, int 
             for (int g = 0; g < SHARE; g += 2)
                 turned.at[g / 2] = __byte_perm(from[g].at[w / 2], from[g + 1].at[w / 2],
                                                w % 2 == 0 ? 0x5410 : 0x7632);
-            *reinterpret_cast<Vector<unsigned, 4>*>(to + value_place(i, w)) = turned;
+            *reinterpret_cast<Vector<unsigned, 4>*>(to + value_place(at.place, w)) = turned;
         }
     }
     float scale, inverse;
