@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sanctl_ops import (
     Norm,
     patchwise_attention,
-    patchwise_attention_reason,
+    patchwise_attention_obstacle,
     patchwise_formulas,
 )
 from sanctl_ops.kernels import patchwise_plan, runtime
@@ -237,7 +237,7 @@ def test_a_reason_tells_why_no_kernels_run() -> None:
     assert "not 16 shared by 16" in str(reason(share=16))
     assert "1024 relation channels do not fit" in str(reason(relation=1024))
     x = CASES[0].inputs()
-    assert "CUDA device, not cpu" in str(patchwise_attention_reason(x.query, x.value, 2, 3))
+    assert "CUDA device, not cpu" in str(patchwise_attention_obstacle(x.query, x.value, 2, 3))
 
 
 @pytest.mark.parametrize("sides", [(4, 4), (5, 31), (15, 17), (7, 7), (112, 112), (29, 211)])

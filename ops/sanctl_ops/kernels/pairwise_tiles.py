@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
-from torch import Tensor
+import torch
 
 from sanctl_ops.kernels.geometry import DIVISOR, divisor, structure
 from sanctl_ops.kernels.pairwise_layout import DTYPES, Layout
