@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 MODES = ("auto", "fused", "primitives")
 VARIABLE = "SANCTL_ATTENTION"
+# The kernels of the fused operators have changed since they last ran on a GPU.
+DEFAULT = "primitives"
 
 _requested: str | None = None
 
@@ -41,12 +43,12 @@ def use_attention(mode: str) -> Iterator[None]:
 
 
 def requested_attention() -> str:
-    """Return the mode: from `set_attention`, else SANCTL_ATTENTION, else "auto".
+    """Return the mode: from `set_attention`, else SANCTL_ATTENTION, else "primitives".
 
     Raises:
         ValueError: the variable names no mode.
     """
-    return _requested or _known(os.environ.get(VARIABLE) or "auto", VARIABLE)
+    return _requested or _known(os.environ.get(VARIABLE) or DEFAULT, VARIABLE)
 
 
 def _known(mode: str, source: str) -> str:

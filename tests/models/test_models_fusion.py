@@ -96,14 +96,15 @@ def test_without_a_gpu_there_is_a_reason() -> None:
 
 
 def test_modes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert requested_attention() == "auto"
-    monkeypatch.setenv(VARIABLE, "primitives")
+    monkeypatch.delenv(VARIABLE, raising=False)
     assert requested_attention() == "primitives"
+    monkeypatch.setenv(VARIABLE, "fused")
+    assert requested_attention() == "fused"
     with use_attention("auto"):
         assert requested_attention() == "auto"
         set_attention("fused")
         assert requested_attention() == "fused"
-    assert requested_attention() == "primitives"
+    assert requested_attention() == "fused"
     with pytest.raises(ValueError, match="attention must be one of auto, fused, primitives"):
         set_attention("fast")
     monkeypatch.setenv(VARIABLE, "fast")

@@ -25,6 +25,8 @@ from sanctl_ops import (
     pairwise_attention_obstacle,
     pairwise_formulas,
 )
+from sanctl_ops.kernels.pairwise_layout import Layout
+from sanctl_ops.kernels.pairwise_tiles import obstacle
 
 each_device = pytest.mark.parametrize("device", DEVICES)
 each_case = pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
@@ -123,16 +125,18 @@ def test_kernels_for_every_layer(case: PairwiseCase, dtype: torch.dtype, device:
 
 
 def test_obstacles_are_told() -> None:
+    def told(relation: int, weights: int, channels: int, size: int) -> str | None:
+        return obstacle(torch.float16, Layout(2, 6, 5, relation, weights, channels, size))
+
+    assert told(4, 2, 16, 3) is None
+    assert "float64" in str(obstacle(torch.float64, Layout(2, 6, 5, 4, 2, 16, 3)))
+    assert "kernel_size" in str(told(4, 2, 16, 9))
+    assert "16 weight channels" in str(told(4, 16, 128, 3))
+    assert "share a weight" in str(told(4, 2, 4, 3))
+    assert "129 channels" in str(told(129, 2, 16, 3))
     inputs = draw(CASES[0])
-    arguments = (inputs.value, CASES[0].shared)
-    assert "float64" in str(pairwise_attention_obstacle(inputs.query, *arguments, 3))
-    query, value = inputs.query.half(), inputs.value.half()
-    assert pairwise_attention_obstacle(query, value, 2, 3) is None
-    assert "kernel_size" in str(pairwise_attention_obstacle(query, value, 2, 9))
-    assert "16 weight channels" in str(pairwise_attention_obstacle(query, value, 16, 3))
-    assert "share a weight" in str(pairwise_attention_obstacle(query, value[:, :4], 2, 3))
-    wide = torch.zeros(1, 129, 5, 5, dtype=torch.float16)
-    assert "129 channels" in str(pairwise_attention_obstacle(wide, value, 2, 3))
+    sizes = (inputs.query, inputs.value, CASES[0].shared, CASES[0].kernel_size)
+    assert "CUDA device, not cpu" in str(pairwise_attention_obstacle(*sizes))
 
 
 def assert_no_further_than_autocast(inputs: Inputs, dtype: torch.dtype) -> None:
