@@ -9,8 +9,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sanctl_ops import pairwise_formulas as formulas
 from sanctl_ops.attention import Attention, Norm
+from sanctl_ops.attention_checks import check_images, check_pairwise_layers
 from sanctl_ops.backend import choose_backend, runs_kernels
-from sanctl_ops.checks import check_alike, check_dtype, check_image, check_window
 from sanctl_ops.kernels import pairwise as kernels
 from sanctl_ops.kernels.pairwise_layout import Layout, layout_of
 from sanctl_ops.kernels.pairwise_saved import Packed, Planes, Saved
@@ -68,69 +68,13 @@ def pairwise_attention(
             1, or the sides are not larger than K // 2.
         BackendError: the CuPy kernels are asked for by name and cannot run on query's device.
     """
-    _check_planes(query, key, value, position, kernel_size)
-    channels = query.shape[1]
-    _check_norm("norm1", norm1, channels + 2, query)
-    _check_norm("norm2", norm2, channels, query)
-    _check_values("weight1", weight1, (channels, channels + 2), query)
-    shared = weight2.shape[0] if weight2.dim() == 2 else 0
-    if shared == 0 or value.shape[1] % shared != 0:
-        raise ValueError(
-            f"weight2 must be (Cw, rel), Cw dividing the channels of value {tuple(value.shape)}, "
-            f"got {tuple(weight2.shape)}"
-        )
-    _check_values("weight2", weight2, (shared, channels), query)
-    _check_values("bias2", bias2, (shared,), query)
+    check_images(query, key, value, kernel_size)
+    check_pairwise_layers(query, position, norm1, weight1, norm2, weight2, bias2, value)
     first, second = tuple(norm1), tuple(norm2)
     results = _pairwise(
         query, key, value, position, *first, weight1, *second, weight2, bias2, kernel_size
     )
     return Attention(*results[:5])
-
-
-def _check_planes(
-    query: Tensor, key: Tensor, value: Tensor, position: Tensor, kernel_size: int
-) -> None:
-    planes = {"query": query, "key": key, "value": value, "position": position}
-    for name, plane in planes.items():
-        check_image(name, plane)
-        check_alike("query", query, name, plane)
-    batch, _, height, width = query.shape
-    shapes = {
-        "key": tuple(query.shape),
-        "value": (batch, value.shape[1], height, width),
-        "position": (1, 2, height, width),
-    }
-    for name, shape in shapes.items():
-        if planes[name].shape != shape:
-            raise ValueError(
-                f"{name} must be {shape} beside query {tuple(query.shape)}, "
-                f"got {tuple(planes[name].shape)}"
-            )
-    if query.numel() == 0 or value.numel() == 0:
-        raise ValueError(f"query {tuple(query.shape)} and value {tuple(value.shape)} are empty")
-    if kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size must be odd, got {kernel_size} for {tuple(query.shape)}")
-    check_window(_window(kernel_size), query)
-
-
-def _check_norm(name: str, norm: Norm, channels: int, query: Tensor) -> None:
-    if (norm.mean is None) != (norm.variance is None):
-        raise ValueError(f"{name} needs both mean and variance, or neither")
-    for field in ("weight", "bias", "mean", "variance"):
-        values = getattr(norm, field)
-        if values is not None:
-            _check_values(f"{name}.{field}", values, (channels,), query)
-
-
-def _check_values(name: str, values: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
-    if values.shape != shape:
-        raise ValueError(
-            f"{name} must be {shape} for query {tuple(query.shape)}, got {tuple(values.shape)}"
-        )
-    check_dtype(name, values)
-    if values.device != query.device:
-        raise ValueError(f"query and {name} lie on different devices: {query.device} and others")
 
 
 def _window(kernel_size: int) -> Window:

@@ -9,13 +9,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sanctl_ops import patchwise_formulas as formulas
 from sanctl_ops.attention import Attention, Norm
+from sanctl_ops.attention_checks import check_images, check_patchwise_layers
 from sanctl_ops.backend import choose_backend, runs_kernels
 from sanctl_ops.kernels import patchwise as kernels
 from sanctl_ops.kernels import patchwise_backward as backward_kernels
 from sanctl_ops.kernels import patchwise_plan as plan
 from sanctl_ops.kernels.patchwise import Parameters
 from sanctl_ops.kernels.patchwise_plan import Sizes
-from sanctl_ops.patchwise_checks import check_images, check_layer
 from sanctl_ops.patchwise_formulas import Layer
 from sanctl_ops.window import accumulation_dtype, plane_format
 
@@ -64,7 +64,7 @@ def patchwise_attention(
     check_images(query, key, value, kernel_size)
     taps = kernel_size**2
     relation = query.shape[1] * (taps + 1)
-    check_layer(relation, norm1, weight1, norm2, weight2, bias2, value, taps)
+    check_patchwise_layers(relation, norm1, weight1, norm2, weight2, bias2, value, taps)
     out, *statistics, _ = _patchwise_attention(
         *(query, key, value),
         *norm1,

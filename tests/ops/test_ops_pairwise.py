@@ -250,12 +250,14 @@ def test_flops() -> None:
 
 WRONG: dict[str, dict[str, Any]] = {
     "query must be": {"query": torch.zeros(4, 4)},
-    "key must be": {"key": torch.zeros(2, 4, 7, 7)},
-    "value must be": {"value": torch.zeros(2, 16, 7, 7)},
+    "and key .* differ in shape": {"key": torch.zeros(2, 4, 7, 7)},
+    "and value .* differ in images or pixels": {"value": torch.zeros(2, 16, 7, 7)},
     "position must be": {"position": torch.zeros(2, 2, 7, 6)},
     "differ in dtype": {"key": torch.zeros(2, 4, 7, 6, dtype=torch.float16)},
     "norm1.weight must be": {"norm1": Norm(torch.ones(4), torch.ones(6), None, None, EPS)},
-    "norm2 needs both": {"norm2": Norm(torch.ones(4), torch.ones(4), torch.ones(4), None, EPS)},
+    "norm2 has a running mean or variance, but not both": {
+        "norm2": Norm(torch.ones(4), torch.ones(4), torch.ones(4), None, EPS)
+    },
     "weight1 must be": {"weight1": torch.zeros(4, 4)},
     "weight2 must be": {"weight2": torch.zeros(3, 4)},
     "bias2 must be": {"bias2": torch.zeros(3)},
@@ -276,5 +278,5 @@ def test_wrong_arguments(message: str) -> None:
 def test_no_images() -> None:
     inputs = draw(CASES[0])
     planes = (inputs.query[:0], inputs.key[:0], inputs.value[:0])
-    with pytest.raises(ValueError, match="are empty"):
+    with pytest.raises(ValueError, match="is empty"):
         pairwise_attention(*planes, *inputs.fields()[3:])

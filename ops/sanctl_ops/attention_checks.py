@@ -1,4 +1,4 @@
-"""Checks of patchwise attention's arguments; every message carries the shapes."""
+"""Checks of the fused attention operators' arguments; every message carries the shapes."""
 
 from torch import Tensor
 
@@ -30,7 +30,38 @@ def check_images(query: Tensor, key: Tensor, value: Tensor, kernel_size: int) ->
     check_window(Window(kernel_size, 1, kernel_size // 2, 1, "reflect"), query)
 
 
-def check_layer(
+def check_pairwise_layers(
+    query: Tensor,
+    position: Tensor,
+    norm1: Norm,
+    weight1: Tensor,
+    norm2: Norm,
+    weight2: Tensor,
+    bias2: Tensor,
+    value: Tensor,
+) -> None:
+    """Raise ValueError unless position and parameters are for `query` and `value`."""
+    _, relation, height, width = query.shape
+    check_image("position", position)
+    check_alike("query", query, "position", position)
+    if position.shape != (1, 2, height, width):
+        raise ValueError(
+            f"position must be {(1, 2, height, width)} beside query {tuple(query.shape)}, "
+            f"got {tuple(position.shape)}"
+        )
+    _check_norm("norm1", norm1, relation + 2, value)
+    _check_norm("norm2", norm2, relation, value)
+    _check_parameter("weight1", weight1, (relation, relation + 2), value)
+    if weight2.dim() != 2 or weight2.shape[0] == 0 or value.shape[1] % weight2.shape[0] != 0:
+        raise ValueError(
+            f"weight2 must be (Cw, rel), Cw dividing the channels of value {tuple(value.shape)}, "
+            f"got {tuple(weight2.shape)}"
+        )
+    _check_parameter("weight2", weight2, (weight2.shape[0], relation), value)
+    _check_parameter("bias2", bias2, (weight2.shape[0],), value)
+
+
+def check_patchwise_layers(
     relation: int,
     norm1: Norm,
     weight1: Tensor,
