@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sanctl_models import build_model
+from sanctl_models.fusion import use_attention
 from sanctl_models.sam import SAM
 
 pytestmark = [
@@ -16,6 +17,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 SA_TYPES = pytest.mark.parametrize("sa_type", [0, 1], ids=["pairwise", "patchwise"])
+MODES = pytest.mark.parametrize("mode", ["primitives", "auto"])
 # What results are off by, as a share of their norm: twice what the CPU's own are off by against
 # float64, most of it from values that rounding puts on the other side of a ReLU. An error in a
 # formula is of the order of 1.
@@ -59,6 +61,7 @@ def assert_alike(actual: dict[str, Tensor], expected: dict[str, Tensor], share: 
         assert (actual[key] - value).norm().item() <= share * size, key
 
 
+@MODES
 @SA_TYPES
 @pytest.mark.parametrize("dtype", SHARES, ids=str)
 @pytest.mark.parametrize("training", [True, False])
@@ -67,6 +70,7 @@ def assert_alike(actual: dict[str, Tensor], expected: dict[str, Tensor], share: 
     ("kernel_size", "height", "width"), [(3, 24, 20), (7, 9, 7), (7, 16, 28), (7, 56, 56)]
 )
 def test_attention_agrees_with_the_cpu(
+    mode: str,
     sa_type: int,
     dtype: torch.dtype,
     training: bool,
@@ -84,20 +88,24 @@ def test_attention_agrees_with_the_cpu(
     expected = step(copy.deepcopy(sam).double(), images.double(), slopes.double())
     sam.cuda().to(memory_format=layout)
     on_gpu = images.cuda().contiguous(memory_format=layout)
-    actual = step(sam, on_gpu, slopes.cuda())
+    with use_attention(mode):
+        actual = step(sam, on_gpu, slopes.cuda())
     if dtype.itemsize == 2:
         actual, expected = ({key: results[key] for key in LARGE} for results in (actual, expected))
     assert_alike(actual, expected, SHARES[dtype])
 
 
+@MODES
 @SA_TYPES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_trains(sa_type: int, dtype: torch.dtype) -> None:
+def test_autocast_trains(mode: str, sa_type: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     sam = in_general_position(SAM(sa_type, 32, 4, 16, 8, 7)).cuda()
     images = torch.randn(2, 32, 14, 14, device="cuda")
     expected = F.normalize(sam(images).flatten(), dim=0)
-    with torch.autocast("cuda", dtype):
+    with torch.autocast("cuda", dtype), use_attention(mode):
+        query, value = sam.conv1(images), sam.conv3(images)
+        assert sam.fusing_obstacle(query, value) is None
         out = sam(images)
     assert out.dtype == dtype
     assert F.normalize(out.float().flatten(), dim=0) @ expected > 0.99
@@ -116,3 +124,23 @@ def test_a_network_compiles_without_a_graph_break(name: str) -> None:
     for _ in range(2):
         actual, expected = step(compiled, images, slopes), step(eager, images, slopes)
         assert_alike(actual, expected, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["san10_pairwise", "san10_patchwise"])
+def test_a_fused_network_compiles_without_a_graph_break(name: str) -> None:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    eager = in_general_position(build_model(model=name, classes=10)).cuda()
+    eager.to(memory_format=torch.channels_last)
+    compiled = torch.compile(copy.deepcopy(eager), fullgraph=True)
+    slopes = torch.randn(4, 10, device="cuda")
+    images = torch.randn(4, 3, 128, 128, device="cuda").contiguous(
+        memory_format=torch.channels_last
+    )
+    with torch.autocast("cuda", torch.bfloat16), use_attention("auto"):
+        for count in (4, 4, 3):
+            batch = (images[:count], slopes[:count])
+            actual, expected = step(compiled, *batch), step(eager, *batch)
+            kept = ("output", "fc.weight")
+            actual, expected = ({k: r[k] for k in kept} for r in (actual, expected))
+            assert_alike(actual, expected, SHARES[torch.bfloat16])
