@@ -100,11 +100,12 @@ def test_attention_agrees_with_the_cpu(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_trains(mode: str, sa_type: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    sam = in_general_position(SAM(sa_type, 32, 4, 16, 8, 7)).cuda()
+    sam = SAM(sa_type, 32, 4, 16, 8, 7).cuda()
+    in_general_position(sam)
     images = torch.randn(2, 32, 14, 14, device="cuda")
     expected = F.normalize(sam(images).flatten(), dim=0)
     with torch.autocast("cuda", dtype), use_attention(mode):
-        query, value = sam.conv1(images), sam.conv3(images)
+        query, value = (conv(images) for conv in (sam.conv1, sam.conv3))
         assert sam.fusing_obstacle(query, value) is None
         out = sam(images)
     assert out.dtype == dtype
