@@ -1,4 +1,4 @@
-"""What the fused attention operators take and return beside images."""
+"""What the fused attention operators take and give besides plain tensors."""
 
 from typing import NamedTuple
 
@@ -11,8 +11,8 @@ class Norm(NamedTuple):
     Attributes:
         weight: (C,), the scale.
         bias: (C,), the shift.
-        mean: (C,), running means to normalise by; None: the batch's own, as in training.
-        variance: (C,), running variances; None where mean is.
+        mean: (C,), the running mean to normalise by; None for the batch's own, as in training.
+        variance: (C,), the running variance to normalise by; None wherever mean is.
         eps: what is added to the variance.
     """
 
@@ -24,15 +24,15 @@ class Norm(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """The result of a fused attention operator.
+    """The output of attention, and what its two normalisations went by.
 
     Attributes:
-        out: (N, C, H, W), channels_last if the values are, else contiguous.
-        mean1: what the first normalisation took for means, in float64 if the values are, else in
-            float32.
-        variance1: the variances beside them; the batch's own are biased.
-        mean2: the same of the second normalisation.
-        variance2: the same of the second normalisation.
+        out: (N, C, H, W), of the values' dtype, channels_last if the values are, else contiguous.
+        mean1: mean of every channel before the first normalisation, in float32, or float64 for
+            float64 inputs; as the other statistics it has no gradient.
+        variance1: the biased variance there.
+        mean2: the mean before the second normalisation.
+        variance2: the biased variance there.
     """
 
     out: Tensor
