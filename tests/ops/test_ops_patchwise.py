@@ -236,6 +236,7 @@ def test_a_reason_tells_why_no_kernels_run() -> None:
     assert "not 128 shared by 8" in str(reason(hidden=128))
     assert "not 16 shared by 16" in str(reason(share=16))
     assert "1024 relation channels do not fit" in str(reason(relation=1024))
+    assert "do not take 1000000 such images" in str(reason(images=1000000))
     x = CASES[0].inputs()
     assert "CUDA device, not cpu" in str(patchwise_attention_obstacle(x.query, x.value, 2, 3))
 

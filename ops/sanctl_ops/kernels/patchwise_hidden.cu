@@ -33,7 +33,7 @@ __device__ inline void add_tap(const unsigned (&rows)[TOGETHER<WT>], const Half*
 
 // A block computes a tile of an image, all warps at once: first the keys' share, then the query's.
 template <typename T, int K, int WT>
-__global__ void __launch_bounds__(WT == 8 ? 448 : 256)
+__global__ void __launch_bounds__(256)
     patchwise_hidden(const T* query, const T* key, const float* units, const Half* affine,
                      const Half* weights, float* hidden, Shape shape) {
     constexpr int M = TOGETHER<WT>, RADIUS = K / 2;

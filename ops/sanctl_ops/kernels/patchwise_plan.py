@@ -193,6 +193,8 @@ def obstacle(
             f"{SHARE} value channels each, not {sizes.hidden} shared by {sizes.share}"
         )
     needed = (*needed, bytes_of_value_gradient)
+    if sizes.images * sizes.pixels * sizes.hidden_width >= 2**31:
+        return f"the kernels of patchwise attention do not take {sizes.images} such images at once"
     if any(tiling(sizes, one) is None for one in needed):
         return f"{sizes.relation} relation channels do not fit into shared memory"
     return None
