@@ -15,18 +15,25 @@ from typing import Any
 
 import torch
 from kernel_instances import HIDDEN_TILES, TEMPLATES, instances
+from pairwise_oracle import PairwiseCase, draw, fused
 from patchwise_cases import Case, attended
 from torch import Tensor
 
 import sanctl_ops
 from sanctl_ops import kernels
 from sanctl_ops.checks import DTYPES
-from sanctl_ops.kernels import aggregation_mma, patchwise_plan, runtime
+from sanctl_ops.kernels import aggregation_mma, pairwise_layout, patchwise_plan, runtime
 from sanctl_ops.kernels.geometry import SAME_KERNEL_SIZES
 
 # Sides that every vector width and every way to share rows among warps serves.
 SIDES = ((8, 8), (14, 14), (5, 4), (6, 28), (5, 6), (5, 7), (5, 56), (4, 24), (4, 22), (4, 60))
 ELEMENTS = ((2, 3, 4, 6), (2, 3, 5, 7))
+# Channels of the relation, of the weights, and values that share one: every number of weight
+# channels in a slab with every number of blocks, then every width.
+PAIRWISE = (
+    *((4, slots, 8 * blocks // slots) for slots in pairwise_layout.SLOTS for blocks in (2, 4, 8)),
+    *((relation, relation // 2, 2) for relation in pairwise_layout.RELATIONS[1:]),
+)
 
 
 def differentiate(run: Callable[..., Tensor], *shapes: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -49,6 +56,15 @@ def run_windows(
     differentiate(on_windows(sanctl_ops.subtraction2), planes, planes, dtype=dtype)
     differentiate(on_windows(sanctl_ops.concatenation), planes, planes, dtype=dtype)
     differentiate(on_windows(sanctl_ops.aggregation), values, weights, dtype=dtype)
+
+
+def run_pairwise(
+    dtype: torch.dtype, relation: int, weights: int, share: int, size: int, running: bool
+) -> None:
+    case = PairwiseCase("", relation, weights, 20, 12, size, share, 2, running, running)
+    x = draw(case).converted("cuda", dtype, torch.float32)
+    out = fused(x).out
+    torch.autograd.grad(out, x.leaves, torch.randn_like(out))
 
 
 def run_patchwise(dtype: torch.dtype, hidden: int, size: int) -> None:
@@ -84,10 +100,13 @@ def main() -> None:
                 dtype=dtype,
             )
     hidden_channels = (2, *(8 * tiles for tiles in HIDDEN_TILES))
-    for dtype, hidden, size in itertools.product(
-        patchwise_plan.DTYPES, hidden_channels, SAME_KERNEL_SIZES
-    ):
-        run_patchwise(dtype, hidden, size)
+    for dtype, size in itertools.product(DTYPES, SAME_KERNEL_SIZES):
+        if dtype in patchwise_plan.DTYPES:
+            for hidden in hidden_channels:
+                run_patchwise(dtype, hidden, size)
+        if dtype in pairwise_layout.DTYPES:
+            for layer, running in itertools.product(PAIRWISE, (False, True)):
+                run_pairwise(dtype, *layer, size, running)
     torch.cuda.synchronize()
     missing = {kernel for source in TEMPLATES for kernel in instances(source)} - launched
     if missing:
