@@ -3,7 +3,8 @@
 `subtraction`, `subtraction2`, `concatenation` and `aggregation` make up the self-attention networks
 of Zhao, Jia and Koltun, "Exploring Self-attention for Image Recognition" (CVPR 2020), and
 `batch_norm_relu` serves the layers that make their weights. `patchwise_attention` is what they make
-up with the concatenation relation, in one operator. They are custom operators
+up with the concatenation relation, in one operator. `conv_norm_pool` and `norm_pool` are what
+stands before the first stage of these networks and between any two. They are custom operators
 (`torch.ops.sanctl`): torch.compile passes through them, forward and backward, without a graph
 break. torch's FLOP counter knows them, and counts no batch normalisation of any kind.
 """
@@ -20,6 +21,8 @@ from sanctl_ops.backend import (
 )
 from sanctl_ops.batch_norm_relu import batch_norm_relu
 from sanctl_ops.concatenation import concatenation
+from sanctl_ops.conv_norm_pool import conv_norm_pool, conv_norm_pool_obstacle
+from sanctl_ops.norm_pool import norm_pool, norm_pool_obstacle
 from sanctl_ops.pairwise_attention import pairwise_attention, pairwise_attention_obstacle
 from sanctl_ops.patchwise_attention import patchwise_attention, patchwise_attention_obstacle
 from sanctl_ops.subtraction import subtraction
@@ -34,6 +37,10 @@ __all__ = [
     "batch_norm_relu",
     "choose_backend",
     "concatenation",
+    "conv_norm_pool",
+    "conv_norm_pool_obstacle",
+    "norm_pool",
+    "norm_pool_obstacle",
     "pairwise_attention",
     "pairwise_attention_obstacle",
     "patchwise_attention",

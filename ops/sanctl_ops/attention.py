@@ -1,7 +1,8 @@
-"""What the fused attention operators take and give besides plain tensors."""
+"""What the fused operators take and give besides plain tensors."""
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -21,6 +22,12 @@ class Norm(NamedTuple):
     mean: Tensor | None
     variance: Tensor | None
     eps: float
+
+    def to(self, dtype: torch.dtype) -> "Norm":
+        """Return the same with contiguous tensors of `dtype`."""
+        weight, bias = self.weight.to(dtype).contiguous(), self.bias.to(dtype).contiguous()
+        mean, variance = (t if t is None else t.to(dtype).contiguous() for t in self[2:4])
+        return Norm(weight, bias, mean, variance, self.eps)
 
 
 class Attention(NamedTuple):

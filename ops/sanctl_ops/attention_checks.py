@@ -49,8 +49,8 @@ def check_pairwise_layers(
             f"position must be {(1, 2, height, width)} beside query {tuple(query.shape)}, "
             f"got {tuple(position.shape)}"
         )
-    _check_norm("norm1", norm1, relation + 2, value)
-    _check_norm("norm2", norm2, relation, value)
+    check_norm("norm1", norm1, relation + 2, value)
+    check_norm("norm2", norm2, relation, value)
     _check_parameter("weight1", weight1, (relation, relation + 2), value)
     if weight2.dim() != 2 or weight2.shape[0] == 0 or value.shape[1] % weight2.shape[0] != 0:
         raise ValueError(
@@ -80,24 +80,32 @@ def check_patchwise_layers(
             f"the {width} channels of weight1 {tuple(weight1.shape)} do not divide "
             f"the channels of value {tuple(value.shape)}"
         )
-    _check_norm("norm1", norm1, relation, value)
-    _check_norm("norm2", norm2, width, value)
+    check_norm("norm1", norm1, relation, value)
+    check_norm("norm2", norm2, width, value)
     _check_parameter("weight1", weight1, (width, relation), value)
     _check_parameter("weight2", weight2, (width * taps, width), value)
     _check_parameter("bias2", bias2, (width * taps,), value)
 
 
-def _check_norm(name: str, norm: Norm, channels: int, value: Tensor) -> None:
-    """Raise ValueError unless a normalisation is of so many channels, beside `value`."""
+def check_norm(
+    name: str, norm: Norm, channels: int, beside: Tensor, beside_name: str = "value"
+) -> None:
+    """Raise ValueError unless a normalisation is of so many channels, and on a tensor's device."""
     if (norm.mean is None) != (norm.variance is None):
         raise ValueError(f"{name} has a running mean or variance, but not both")
     for field, values in norm._asdict().items():
         if isinstance(values, Tensor):
-            _check_parameter(f"{name}.{field}", values, (channels,), value)
+            _check_parameter(f"{name}.{field}", values, (channels,), beside, beside_name)
 
 
-def _check_parameter(name: str, values: Tensor, shape: tuple[int, ...], value: Tensor) -> None:
+def _check_parameter(
+    name: str,
+    values: Tensor,
+    shape: tuple[int, ...],
+    beside: Tensor,
+    beside_name: str = "value",
+) -> None:
     if values.shape != shape:
         raise ValueError(f"{name} must be {shape}, got {tuple(values.shape)}")
     check_dtype(name, values)
-    check_device("value", value, name, values)
+    check_device(beside_name, beside, name, values)

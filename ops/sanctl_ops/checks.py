@@ -15,6 +15,12 @@ def check_image(name: str, x: Tensor) -> None:
     check_dtype(name, x)
 
 
+def check_poolable(name: str, x: Tensor) -> None:
+    """Raise ValueError unless there are values, and 2 x 2 pixels of every image."""
+    if x.numel() == 0 or min(x.shape[2:]) < 2:
+        raise ValueError(f"{name} {_shape(x)} has no 2 x 2 values to pool")
+
+
 def check_dtype(name: str, x: Tensor) -> None:
     """Raise ValueError unless x is of a floating-point type the operators know."""
     if x.dtype not in DTYPES:

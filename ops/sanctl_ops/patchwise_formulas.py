@@ -32,9 +32,9 @@ class Layer:
     def to(self, dtype: torch.dtype) -> "Layer":
         """Return the same layer with all its tensors of `dtype`."""
         return Layer(
-            _converted(self.norm1, dtype),
+            self.norm1.to(dtype),
             self.weight1.to(dtype),
-            _converted(self.norm2, dtype),
+            self.norm2.to(dtype),
             self.weight2.to(dtype),
             self.bias2.to(dtype),
             self.kernel_size,
@@ -193,12 +193,6 @@ class _Normalised:
         if count is not None:
             grad = grad - (sums[1][:, None] + self._centred * sums[0][:, None]) / count
         return grad * (self._norm.weight[:, None] * self._deviation)
-
-
-def _converted(norm: Norm, dtype: torch.dtype) -> Norm:
-    weight, bias = norm.weight.to(dtype), norm.bias.to(dtype)
-    mean, variance = (t if t is None else t.to(dtype) for t in norm[2:4])
-    return Norm(weight, bias, mean, variance, norm.eps)
 
 
 def _known(norm: Norm) -> tuple[Tensor, Tensor] | None:

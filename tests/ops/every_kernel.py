@@ -17,12 +17,22 @@ import torch
 from kernel_instances import HIDDEN_TILES, TEMPLATES, instances
 from pairwise_oracle import PairwiseCase, draw, fused
 from patchwise_cases import Case, attended
+from pooling_cases import PoolingCase
+from pooling_cases import draw as draw_pooled
+from pooling_cases import fused as pooled
 from torch import Tensor
 
 import sanctl_ops
 from sanctl_ops import kernels
 from sanctl_ops.checks import DTYPES
-from sanctl_ops.kernels import aggregation_mma, pairwise_layout, patchwise_plan, runtime
+from sanctl_ops.kernels import (
+    aggregation_mma,
+    conv_norm_pool,
+    pairwise_layout,
+    patchwise_plan,
+    pooling,
+    runtime,
+)
 from sanctl_ops.kernels.geometry import SAME_KERNEL_SIZES
 
 # Sides that every vector width and every way to share rows among warps serves.
@@ -73,6 +83,13 @@ def run_patchwise(dtype: torch.dtype, hidden: int, size: int) -> None:
     attended(x, torch.randn_like(x.value))
 
 
+def run_pooling(dtype: torch.dtype, image_channels: int | None, running: bool) -> None:
+    case = PoolingCase("", 37, 40, 24, image_channels, batch=3, running=running)
+    x = draw_pooled(case).to("cuda", dtype, torch.float32)
+    out, *_ = pooled(x)
+    torch.autograd.grad(out, x.leaves, torch.randn_like(out))
+
+
 def main() -> None:
     """Run all, and fail if a kernel that may be asked for was not launched."""
     sanctl_ops.set_backend("cupy")
@@ -107,6 +124,9 @@ def main() -> None:
         if dtype in pairwise_layout.DTYPES:
             for layer, running in itertools.product(PAIRWISE, (False, True)):
                 run_pairwise(dtype, *layer, size, running)
+    image_channels = (None, *range(1, conv_norm_pool.MOST_IMAGE_CHANNELS + 1))
+    for pooled_case in itertools.product(pooling.DTYPES, image_channels, (False, True)):
+        run_pooling(*pooled_case)
     torch.cuda.synchronize()
     missing = {kernel for source in TEMPLATES for kernel in instances(source)} - launched
     if missing:

@@ -9,7 +9,14 @@ from collections.abc import Iterable
 import torch
 
 from sanctl_ops.checks import DTYPES
-from sanctl_ops.kernels import aggregation_mma, pairwise_layout, patchwise_plan, runtime
+from sanctl_ops.kernels import (
+    aggregation_mma,
+    conv_norm_pool,
+    pairwise_layout,
+    patchwise_plan,
+    pooling,
+    runtime,
+)
 from sanctl_ops.kernels.geometry import SAME_KERNEL_SIZES, VECTOR_BYTES
 
 Parameters = tuple[torch.dtype | bool | int, ...]
@@ -55,6 +62,10 @@ PATCHWISE: list[Parameters] = list(
     itertools.product(patchwise_plan.DTYPES, SAME_KERNEL_SIZES, HIDDEN_TILES)
 )
 FLOAT: list[Parameters] = [(torch.float32,)]
+POOLED: list[Parameters] = [(dtype, VECTOR_BYTES // dtype.itemsize) for dtype in pooling.DTYPES]
+CONVOLVED: list[Parameters] = list(
+    itertools.product(pooling.DTYPES, range(1, conv_norm_pool.MOST_IMAGE_CHANNELS + 1))
+)
 
 TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
     "aggregation.cu": {
@@ -85,6 +96,21 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
         "concatenation_same": SAME,
         "concatenation_backward": ANY,
         "concatenation_backward_same": SAME,
+    },
+    "conv_norm_pool.cu": {
+        "conv_norm_pool_moments": CONVOLVED,
+        "conv_norm_pool_fold": CONVOLVED,
+        "conv_norm_pool": CONVOLVED,
+        "conv_norm_pool_sums": CONVOLVED,
+        "conv_norm_pool_close": CONVOLVED,
+    },
+    "norm_pool.cu": {
+        "norm_pool_moments": POOLED,
+        "norm_pool_fold": [(dtype,) for dtype in pooling.DTYPES],
+        "norm_pool": POOLED,
+        "norm_pool_sums": POOLED,
+        "norm_pool_close": FLOAT,
+        "norm_pool_input_gradient": POOLED,
     },
     "pairwise_gram.cu": {"pairwise_gram": RELATIONS},
     "pairwise_logits.cu": {"pairwise_logits": RELATIONS},

@@ -16,12 +16,15 @@ from op_cases import CASES, OPERATORS, Case, Operator, make_inputs
 from pairwise_oracle import PairwiseCase, draw, fused
 from patchwise_cases import Case as PatchwiseCase
 from patchwise_cases import attended
+from pooling_cases import PoolingCase
+from pooling_cases import draw as draw_pooled
+from pooling_cases import fused as pooled
 from torch import Tensor
 
 import sanctl_ops
 from sanctl_ops import kernels
 from sanctl_ops.checks import DTYPES
-from sanctl_ops.kernels import geometry, pairwise_tiles, patchwise_plan, runtime
+from sanctl_ops.kernels import geometry, pairwise_tiles, patchwise_plan, pooling, runtime
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # Machine code, but not the fastest: that takes ten times as long.
@@ -31,6 +34,7 @@ DECLARATION = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)
 STRUCTURES = {
     "Deal": geometry.DEAL,
     "Divisor": geometry.DIVISOR,
+    "Pool": pooling.POOL,
     "Shape": patchwise_plan.SHAPE,
     "Strides": geometry.STRIDES,
     "Tiling": pairwise_tiles.TILING,
@@ -145,6 +149,15 @@ PAIRWISE_CASES = [
 ]
 
 
+POOLING_CASES = [
+    PoolingCase("", *sides, channels, image_channels, running=running)
+    for sides, channels in (((2, 3), 8), ((70, 71), 64), ((5, 4), 2048))
+    for image_channels in (None, 1, 2, 3, 4)
+    for running in (False, True)
+    if image_channels is None or channels < 2048
+]
+
+
 def run(operator: Operator, case: Case, dtype: torch.dtype) -> None:
     inputs = make_inputs(operator, case, "cpu", dtype)
     out = operator.run(*inputs, case.geometry)
@@ -160,6 +173,10 @@ def test_launches_fit_the_declarations_and_are_all_compiled(launches: Launches) 
             x = torch.zeros(shape, dtype=dtype, requires_grad=True)
             out, *_ = sanctl_ops.batch_norm_relu(x, torch.ones(shape[1]), torch.ones(shape[1]))
             torch.autograd.grad(out, x, torch.zeros_like(out))
+    for dtype, pooling_case in itertools.product(pooling.DTYPES, POOLING_CASES):
+        pooled_inputs = draw_pooled(pooling_case).to("cpu", dtype, torch.float32)
+        out, *_ = pooled(pooled_inputs)
+        torch.autograd.grad(out, pooled_inputs.leaves, torch.zeros_like(out))
     for dtype in (torch.float16, torch.bfloat16):
         for case in PAIRWISE_CASES:
             inputs = draw(case).converted("cpu", dtype, torch.float32)

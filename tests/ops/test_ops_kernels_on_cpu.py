@@ -12,6 +12,12 @@ from op_cases import OPERATORS, Case, laid_out
 from pairwise_oracle import PairwiseCase, distance, draw, fused, gradients, unfused
 from patchwise_cases import Case as PatchwiseCase
 from patchwise_cases import attended, away_from_kinks, differentiated, distances, expected
+from pooling_cases import PoolingCase, assert_same_nans, decided
+from pooling_cases import composed as pooled_by_torch
+from pooling_cases import differentiated as pooled_gradients
+from pooling_cases import draw as draw_pooled
+from pooling_cases import fused as pooled
+from pooling_cases import truth as pooled_truth
 
 import sanctl_ops
 from sanctl_ops import kernels
@@ -139,3 +145,61 @@ def test_kernels_of_pairwise_attention(launcher: Launcher, monkeypatch: pytest.M
         apart = distance(actual, expected[name])
         assert apart < distance(autocast[name], expected[name]) + 2**-9, name
         assert apart < 0.1, name
+
+
+POOLING_CASES = [
+    (torch.bfloat16, PoolingCase("odd", 7, 9, channels=24)),
+    (torch.float16, PoolingCase("running", 4, 6, channels=16, running=True)),
+    (torch.float32, PoolingCase("slabs of several parts", 33, 18, channels=256, batch=3)),
+    (torch.float32, PoolingCase("far from zero", 12, 13, offset=200.0)),
+    (torch.bfloat16, PoolingCase("colour", 37, 21, channels=64, image_channels=3)),
+    (torch.float16, PoolingCase("grey", 6, 5, channels=24, image_channels=1, running=True)),
+    (torch.float32, PoolingCase("colour, far", 21, 22, image_channels=3, offset=200.0)),
+    (torch.float32, PoolingCase("four, one window", 3, 3, 8, image_channels=4, batch=1)),
+]
+each_pooling_case = pytest.mark.parametrize(
+    ("dtype", "case"), POOLING_CASES, ids=[f"{d}-{c.name}" for d, c in POOLING_CASES]
+)
+
+
+@pytest.mark.usefixtures("_kernels_on_cpu")
+@pytest.mark.parametrize("levels", [None, 1.0], ids=["", "equal values"])
+@each_pooling_case
+def test_kernels_that_normalise_and_pool(
+    dtype: torch.dtype, case: PoolingCase, levels: float | None, launcher: Launcher
+) -> None:
+    inputs = draw_pooled(case).to("cpu", dtype, torch.float32)
+    if levels is not None:
+        with torch.no_grad():
+            inputs.x.sub_(case.offset).round_().clamp_(-levels, levels).add_(case.offset)
+    exact = pooled_truth(inputs, dtype)
+    margin = 1e-3 if case.offset > 100 else 2e-5
+    clear = decided(exact, margin)
+    grad = (torch.randn_like(clear) * clear).to(dtype)
+    launched = len(launcher.launched)
+    actual = pooled_gradients(lambda x: pooled(x)[0], inputs, grad)
+    names = {kernel.expression.partition("<")[0] for kernel in launcher.launched[launched:]}
+    assert len(names) == (5 if case.running is False else 4) + (case.image_channels is None)
+    expected = pooled_gradients(pooled_by_torch, exact, grad)
+    rtol, atol = TOLERANCES[dtype]
+    for name, wanted in expected.items():
+        most = wanted.abs().max().item()
+        loose = 50 if case.offset > 100 else 1
+        torch.testing.assert_close(
+            actual[name].double(), wanted, rtol=rtol, atol=atol * loose * max(1, most)
+        )
+
+
+@pytest.mark.usefixtures("_kernels_on_cpu")
+@pytest.mark.parametrize("image_channels", [None, 2])
+@pytest.mark.parametrize("running", [False, True])
+def test_kernels_keep_a_nan(image_channels: int | None, running: bool) -> None:
+    case = PoolingCase("", 6, 7, image_channels=image_channels, running=running)
+    inputs = draw_pooled(case).to("cpu", torch.float32, torch.float32)
+    with torch.no_grad():
+        inputs.x[1, 1, 2, 3] = torch.nan
+        inputs.x[1, 1, 3, 2] = torch.nan
+    grad = torch.ones(2, 8, 3, 3)
+    actual = pooled_gradients(lambda x: pooled(x)[0], inputs, grad)
+    expected = pooled_gradients(pooled_by_torch, pooled_truth(inputs, torch.float32), grad)
+    assert_same_nans(inputs, actual, expected)

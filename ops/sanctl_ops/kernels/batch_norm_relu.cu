@@ -90,12 +90,6 @@ struct Normalisation {
     __device__ A output(A x) const { return normalised(x) * weight + bias; }
 };
 
-// Whether ReLU lets a value through; a NaN it does, unlike max(), which would hide it.
-template <typename A>
-__device__ inline bool passes(A output) {
-    return !(output <= 0);
-}
-
 template <typename A>
 __device__ inline Normalisation<A> of_channel(int c, const A* mean, const A* deviation,
                                               const A* weight, const A* bias) {

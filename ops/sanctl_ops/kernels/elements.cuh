@@ -41,6 +41,12 @@ __device__ inline BFloat16 narrow<BFloat16>(float x) {
     return to_bfloat16(x);
 }
 
+// Whether ReLU lets a value through; a NaN it does, unlike max(), which would hide it.
+template <typename A>
+__device__ inline bool passes(A output) {
+    return !(output <= 0);
+}
+
 // V neighbours in memory, moved by one instruction where they take 16 bytes or fewer.
 template <typename T, int V>
 struct alignas(sizeof(T) * V) Vector {

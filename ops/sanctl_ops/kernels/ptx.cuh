@@ -113,6 +113,13 @@ __device__ inline unsigned larger<BFloat16>(unsigned a, unsigned b) {
     return most;
 }
 
+// The larger one; a NaN if either is one.
+__device__ inline float larger_or_nan(float a, float b) {
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+    return most;
+}
+
 // 1 for a half above zero, 0 for any other.
 __device__ inline unsigned above_zero(unsigned halves) {
     unsigned ones;

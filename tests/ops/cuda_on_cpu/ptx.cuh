@@ -93,6 +93,8 @@ inline unsigned larger(unsigned a, unsigned b) {
     return half(a, b) | half(a >> 16, b >> 16) << 16;
 }
 
+inline float larger_or_nan(float a, float b) { return a > b || a != a ? a : b; }
+
 inline unsigned above_zero(unsigned halves) {
     return by_halves([](float x) { return x > 0 ? 1.0f : 0.0f; }, halves);
 }
