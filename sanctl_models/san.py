@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sanctl_models.checks import (
@@ -14,6 +15,7 @@ from sanctl_models.checks import (
 from sanctl_models.init import init_weights
 from sanctl_models.network import Network, before_max_pool
 from sanctl_models.normalise import normalise_relu
+from sanctl_models.pooling import convolve_normalise_pool, normalise_pool
 from sanctl_models.sam import PAIRWISE, PATCHWISE, SAM
 
 DEFAULT_WIDTHS = (64, 256, 512, 1024, 2048)
@@ -90,20 +92,17 @@ class SAN(Network):
             self.add_module(f"layer{s}", nn.Sequential(*bottlenecks))
             planes = width
         self.stages = len(layers)
-        self.pool = nn.MaxPool2d(2)
-        self.relu = nn.ReLU(inplace=True)
         self.fc = nn.Linear(planes, num_classes)
         init_weights(self)
 
     def feature_maps(self, x: Tensor) -> Tensor:
         """Map images (N, in_chans, H, W) to (N, widths[-1], H // 2**stages, W // 2**stages)."""
-        x = self.bn_in(self.conv_in(x))
+        x = convolve_normalise_pool(self.conv_in, self.bn_in, x)
         for s in range(self.stages):
-            # Pooling before the ReLU gives the same values and gradients, and rectifies a quarter
-            # of the pixels.
-            x = getattr(self, f"conv{s}")(self.relu(self.pool(x)))
-            x = getattr(self, f"bn{s}")(getattr(self, f"layer{s}")(x))
-        return self.relu(x)
+            x = getattr(self, f"layer{s}")(getattr(self, f"conv{s}")(x))
+            batch_norm, is_last = getattr(self, f"bn{s}"), s + 1 == self.stages
+            x = F.relu(batch_norm(x), inplace=True) if is_last else normalise_pool(batch_norm, x)
+        return x
 
 
 def _check_description(
