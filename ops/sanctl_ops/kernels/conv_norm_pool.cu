@@ -193,8 +193,8 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (int k = 1; k < 4; ++k) {
                 const float value = convolution.at(x[k], v);
-                const bool taken = surpasses(value, most);
-                most = taken ? value : most;
+                const bool taken = !(value <= most);
+                most = larger_or_nan(most, value);
 #pragma unroll
                 for (int i = 0; i < CIN; ++i) chosen[i] = taken ? x[k][i] : chosen[i];
             }
@@ -202,6 +202,8 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (int i = 0; i < CIN; ++i) sums[i][v] += slope * chosen[i];
             sums[CIN][v] += slope;
+            // The pixel of a NaN need not be the one chosen, but the sums show it.
+            sums[0][v] += 0 * most;
         }
     }
     write_sums(sums, partials, channels, share);
