@@ -165,9 +165,10 @@ def test_opcheck(case: Case, training: bool, dtype: torch.dtype, device: str) ->
 @each_device
 def test_compiles_without_a_graph_break(backend: str, dynamic: bool, device: str) -> None:
     x = Case("", 6, 7, 3).inputs().to(device, torch.float64, torch.float64)
+    others = x.arguments[2:]
 
     def layer(query: Tensor, key: Tensor) -> Tensor:
-        result = patchwise_attention(2 * query, key, *x.arguments[2:])
+        result = patchwise_attention(2 * query, key, *others)
         return result.out.sin() + result.mean2.sum()
 
     compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)
