@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import DEVICES
+from op_cases import CHANNELS_LAST, DEVICES, LAYOUTS
 from patchwise_cases import (
     CASES,
     HOSTILE,
@@ -134,7 +134,9 @@ def flat(x: Inputs) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case.name in {"wider", "contiguous", "sliced"}], ids=str
+    "case",
+    [c for c in CASES if c.name in {"wider", "contiguous", "sliced", "some_channels_last"}],
+    ids=str,
 )
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -156,6 +158,16 @@ def test_opcheck(case: Case, training: bool, dtype: torch.dtype, device: str) ->
         (*images, *known[0], x.weight1.detach(), *known[1], *second, x.kernel_size, *by_batch),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@each_device
+def test_strides(layout: str, device: str) -> None:
+    x = Case("", 5, 6, 3, layout=layout).inputs().to(device, torch.float32, torch.float32)
+    out = patchwise_attention(*x.arguments).out
+    grads = torch.autograd.grad(out, x.leaves[:3], torch.ones_like(out))
+    expected = torch.channels_last if layout in CHANNELS_LAST else torch.contiguous_format
+    assert all(image.is_contiguous(memory_format=expected) for image in (out, *grads))
 
 
 @pytest.mark.usefixtures("fresh_compiler")
