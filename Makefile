@@ -1,5 +1,5 @@
 # Two commands: `make demo` (install, then the whole story on drawings made here) and `make test`.
-# `make torture` measures the promises of robustness, in about half an hour on two cores.
+# `make torture` measures the promises of robustness, in a quarter of an hour on two cores.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sanctl_models.checks import check_choice, check_kernel, check_width
@@ -75,9 +76,9 @@ class SAM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, out_planes, H, W) for x (N, in_planes, H, W); H and W exceed K // 2."""
+        if self._is_fused(x):
+            return self._fused(x)
         query, key, value = self.conv1(x), self.conv2(x), self.conv3(x)
-        if self._is_fused(query, value):
-            return self._fused(query, key, value)
         if self.sa_type == PAIRWISE:
             weights = self._pairwise_weights(query, key)
         else:
@@ -86,33 +87,44 @@ class SAM(nn.Module):
         weights = weights.to(value.dtype)
         return aggregation(value, weights, self.kernel_size, padding=self.padding)
 
-    def fusing_obstacle(self, query: Tensor, value: Tensor) -> str | None:
+    def fusing_obstacle(self, x: Tensor) -> str | None:
         """Say why all of attention is not one operator's kernels in mode "auto"; None if it is.
 
         Args:
-            query: (N, rel_planes, H, W).
-            value: (N, out_planes, H, W).
+            x: what `forward` would get, (N, in_planes, H, W), under autocast or not.
         """
-        _, conv1, _, conv2 = self.conv_w.layers
         obstacle = self.conv_w.fusing_obstacle()
         if obstacle is not None:
             return obstacle
+        query, value = (_projected(x, conv) for conv in (self.conv1, self.conv3))
+        _, conv1, _, conv2 = self.conv_w.layers
         if self.sa_type == PAIRWISE:
             shared = conv2.out_channels
             return pairwise_attention_obstacle(query, value, shared, self.kernel_size)
         return patchwise_attention_obstacle(query, value, conv1.out_channels, self.kernel_size)
 
-    def _is_fused(self, query: Tensor, value: Tensor) -> bool:
+    def _is_fused(self, x: Tensor) -> bool:
         mode = requested_attention()
         if mode == "auto":
-            return query.is_cuda and self.fusing_obstacle(query, value) is None
+            return x.is_cuda and self.fusing_obstacle(x) is None
         obstacle = self.conv_w.fusing_obstacle()
         if mode == "fused" and obstacle is not None:
             raise ValueError(f"attention cannot be fused: {obstacle}")
         return mode == "fused"
 
-    def _fused(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Return what `forward` does by one operator."""
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value; plain convolutions work as one, which reads x once."""
+        convs = self.conv1, self.conv2, self.conv3
+        if any(type(conv) is not nn.Conv2d or conv.bias is None for conv in convs):
+            query, key, value = (conv(x) for conv in convs)
+            return query, key, value
+        weight, bias = (torch.cat([getattr(c, name) for c in convs]) for name in ("weight", "bias"))
+        query, key, value = F.conv2d(x, weight, bias).split([c.out_channels for c in convs], 1)
+        return query, key, value
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """Return what `forward` does by one convolution and one operator."""
+        query, key, value = self._project(x)
         norm1, conv1, norm2, conv2 = self.conv_w.layers
         first, second = norm_argument(norm1), norm_argument(norm2)
         weight1, weight2 = conv1.weight.flatten(1), conv2.weight.flatten(1)
@@ -151,6 +163,14 @@ class SAM(nn.Module):
         taps = self.kernel_size * self.kernel_size
         weights: Tensor = self.conv_w(relation)
         return weights.view(query.shape[0], -1, taps, relation.shape[-1])
+
+
+def _projected(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Stand in, for dtype and shape alone, for what a 1x1 convolution makes of x."""
+    dtype, device = x.dtype, x.device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return x.new_empty((), dtype=dtype).expand(x.shape[0], conv.out_channels, *x.shape[2:])
 
 
 def position_map(x: Tensor) -> Tensor:

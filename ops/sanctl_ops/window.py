@@ -108,8 +108,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def plane_format(x: Tensor) -> torch.memory_format:
-    """Return the memory format of results that stand beside x: channels_last if x is in it."""
-    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+    """Return the memory format of results that stand beside x.
+
+    It is channels_last where the channels of a pixel of x lie beside one another, be they all or
+    some of what a convolution made.
+    """
+    if not x.is_contiguous() and x.shape[1] > 1 and x.stride(1) == 1:
         return torch.channels_last
     return torch.contiguous_format
 

@@ -103,7 +103,7 @@ def bench_models(
     The operators' backend and torch's precision are those that the caller has set.
 
     Args:
-        names: Networks of the registry.
+        names: Networks of the registry, as `resolve` takes them.
         reference: The one of them that the others are compared with.
         settings: How they are run.
         rounds: How often each has its turn.
@@ -114,7 +114,7 @@ def bench_models(
     Returns:
         A record of each network; a network for which images or memory are too small says so.
     """
-    with on_device(device), room_to_compile(len(names), settings):
+    with on_device(device), room_to_compile(names, settings):
         entries: dict[str, _Entry] = {}
         for name in names:
             entries[name] = _start(name, settings, device)

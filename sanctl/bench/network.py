@@ -1,14 +1,14 @@
 """One network of `bench-models`: built for its step, and what it holds and computes."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sanctl_models import create_model
+from sanctl_models import compile_network, create_model
 
 CLASSES = 1000
 
@@ -40,10 +40,25 @@ class ModelSettings:
         return self.mode == "train"
 
 
+WAYS = {"eager": False, "compiled": True}
+
+
+def resolve(label: str, settings: ModelSettings) -> tuple[str, ModelSettings]:
+    """Return the network that a label names, and how it is run.
+
+    Args:
+        label: The network's name, or `NAME:eager` or `NAME:compiled`, which overrule the settings.
+        settings: How networks are run.
+    """
+    name, _, way = label.partition(":")
+    return name, replace(settings, compiled=WAYS[way]) if way else settings
+
+
 class RunningNetwork:
     """A network with initial weights, its optimizer and a batch of random images on a device."""
 
-    def __init__(self, name: str, settings: ModelSettings, device: torch.device) -> None:
+    def __init__(self, label: str, settings: ModelSettings, device: torch.device) -> None:
+        name, settings = resolve(label, settings)
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         model = create_model(name, num_classes=CLASSES)
         model.to(device, memory_format=layout)  # type: ignore[call-overload]
@@ -51,7 +66,7 @@ class RunningNetwork:
         self._device = device
         self._model = model.train(settings.trains)
         self._replica: nn.Module | None = None
-        self._forward = torch.compile(model) if settings.compiled else model
+        self._forward = compile_network(model) if settings.compiled else model
         self._optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         scaled = settings.autocast_dtype is torch.float16
         self._scaler = torch.amp.GradScaler(device.type, enabled=scaled)
@@ -67,7 +82,7 @@ class RunningNetwork:
                 over several processes.
         """
         self._replica = replicate(self._model, self._device)
-        self._forward = torch.compile(self._replica) if self._settings.compiled else self._replica
+        self._forward = compile_network(self._replica) if self._settings.compiled else self._replica
         return self._replica
 
     def step(self) -> None:
@@ -109,12 +124,13 @@ class RunningNetwork:
         yield self._targets
 
 
-def count_flops(name: str, settings: ModelSettings) -> float:
+def count_flops(label: str, settings: ModelSettings) -> float:
     """Return the floating-point operations of a step per image, two to a multiply-add.
 
     They are counted by torch without computing anything, forward or forward and backward, and are
     those of the network's definition: what a kernel computes twice counts once.
     """
+    name, _ = resolve(label, settings)
     with torch.device("meta"):
         model = create_model(name, num_classes=CLASSES).train(settings.trains)
         images = torch.empty(settings.batch, 3, settings.size, settings.size)

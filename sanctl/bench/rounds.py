@@ -5,13 +5,13 @@ GPU, two steps that are not timed come first in each round.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from sanctl.bench.network import ModelSettings, RunningNetwork
+from sanctl.bench.network import ModelSettings, RunningNetwork, resolve
 from sanctl.bench.timing import is_out_of_memory, synchronize
 from sanctl_models import create_model, min_input_size
 
@@ -71,8 +71,9 @@ def _reset_peak(device: torch.device) -> int | None:
     return torch.cuda.memory_allocated(device)
 
 
-def too_small(name: str, settings: ModelSettings) -> str:
+def too_small(label: str, settings: ModelSettings) -> str:
     """Say that the images are too small for a network; empty where they are not."""
+    name, _ = resolve(label, settings)
     with torch.device("meta"):
         smallest = min_input_size(create_model(name))
     return f"needs images of at least {smallest} px" if settings.size < smallest else ""
@@ -97,10 +98,12 @@ def give_memory_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def room_to_compile(count: int, settings: ModelSettings) -> AbstractContextManager[object]:
+def room_to_compile(
+    labels: Sequence[str], settings: ModelSettings
+) -> AbstractContextManager[object]:
     """Let torch.compile keep the code of several networks, which share their `forward`."""
-    if not settings.compiled:
+    if not any(resolve(label, settings)[1].compiled for label in labels):
         return nullcontext()
     from torch._dynamo import config
 
-    return config.patch(recompile_limit=config.recompile_limit + count)
+    return config.patch(recompile_limit=config.recompile_limit + len(labels))

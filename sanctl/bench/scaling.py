@@ -138,7 +138,7 @@ def bench_scaling(
     The operators' backend and torch's precision are those that the caller has set.
 
     Args:
-        names: Networks of the registry.
+        names: Networks of the registry, as `resolve` takes them.
         reference: The one of them that the others are compared with.
         settings: How they are run.
         rounds: How often each has its turn.
@@ -155,7 +155,7 @@ def bench_scaling(
         SanctlError: Memory ran out in this process in the middle of a step of all. The others wait
             for it: who has started them must end them.
     """
-    with on_device(device), room_to_compile(2 * len(names), settings):
+    with on_device(device), room_to_compile([*names, *names], settings):
         entries: dict[str, _Entry] = {}
         for name in names:
             entries[name] = _Entry(name, settings, device, processes)

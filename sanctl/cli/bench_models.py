@@ -10,8 +10,8 @@ from sanctl.cli.bench_options import (
     CsvFile,
     JsonFile,
     choose_operators,
-    chosen,
     figure,
+    listed,
     note,
     open_device,
     require_known,
@@ -40,8 +40,8 @@ def bench_models(
         list[str] | None,
         typer.Option(
             metavar="NAME,NAME",
-            help="Networks, as `sanctl models` lists them; repeatable. Default: "
-            f"{','.join(_DEFAULT_MODELS)}.",
+            help="Networks, as `sanctl models` lists them; repeatable. NAME:eager and "
+            f"NAME:compiled overrule --compile. Default: {','.join(_DEFAULT_MODELS)}.",
         ),
     ] = None,
     reference: Annotated[
@@ -129,11 +129,21 @@ def bench_models(
 
 def _networks(models: list[str] | None, reference: str) -> list[str]:
     """Return the networks to run, the reference added where it is not among them."""
+    names = listed(models or _DEFAULT_MODELS)
+    for option, label in (*(("--models", name) for name in names), ("--reference", reference)):
+        _require_network(option, label)
+    return names if reference in names else [reference, *names]
+
+
+def _require_network(option: str, label: str) -> None:
+    """Raise UserError unless a label is the name of a network, with a way to run it or without."""
+    from sanctl.bench.network import WAYS
     from sanctl_models import list_models
 
-    names = chosen("--models", models or _DEFAULT_MODELS, list_models())
-    require_known("--reference", reference, list_models())
-    return names if reference in names else [reference, *names]
+    name, colon, way = label.partition(":")
+    require_known(option, name, list_models())
+    if colon:
+        require_known(f"{option} {name}:", way, list(WAYS))
 
 
 def _autocast(amp: bool, device: "torch.device") -> "torch.dtype | None":

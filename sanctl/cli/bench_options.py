@@ -51,8 +51,12 @@ def chosen(option: str, given: Iterable[str], known: Sequence[str]) -> list[str]
     Raises:
         UserError: One of them is unknown.
     """
-    names = [name.strip() for text in given for name in text.split(",")]
-    return list(dict.fromkeys(require_known(option, name, known) for name in names))
+    return [require_known(option, name, known) for name in listed(given)]
+
+
+def listed(given: Iterable[str]) -> list[str]:
+    """Return the values of a repeatable option that may also be joined by commas, each once."""
+    return list(dict.fromkeys(name.strip() for text in given for name in text.split(",")))
 
 
 def require_places(*paths: Path | None) -> None:

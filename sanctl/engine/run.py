@@ -26,7 +26,7 @@ from sanctl.engine.team import ALONE, Team
 from sanctl.errors import UserError
 from sanctl.report.lognotes import log_as_notes
 from sanctl.report.records import RunInfo
-from sanctl_models import build_model, min_input_size
+from sanctl_models import build_model, compile_network, min_input_size
 
 NETWORK_KEYS = (
     "model",
@@ -243,8 +243,8 @@ def _open_forward(
     replica = team.replicate(model, device)
     if not config.TRAIN.compile:
         return model, replica
-    forward = torch.compile(model)
-    return forward, forward if replica is model else torch.compile(replica)
+    forward = compile_network(model)
+    return forward, forward if replica is model else compile_network(replica)
 
 
 def _require_images_to_normalise(config: Config, model: nn.Module, images: int, team: Team) -> None:

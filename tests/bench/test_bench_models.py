@@ -1,9 +1,12 @@
 """Networks in turns: ratios, operations and memory, and networks that cannot run."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from bench_device import DEVICES
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from sanctl.bench.models import ModelRecord, bench_models
@@ -51,6 +54,17 @@ def test_records(device: str, mode: str) -> None:
         assert first.peak > copies * weights
     assert (small.ratio, small.images_per_s, small.flop_per_s) == (None, None, None)
     assert "at least 128 px" in small.failure
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_label_overrules_the_settings(compiled: bool) -> None:
+    settings = replace(TINY, compiled=compiled)
+    for label, expected in (("", compiled), (":eager", False), (":compiled", True)):
+        network = RunningNetwork(f"resnet26{label}", settings, CPU)
+        assert isinstance(network._forward, OptimizedModule) == expected
+    (record,) = bench_models(["resnet26:eager"], "resnet26:eager", settings, 1, CPU)
+    assert (record.network, record.ratio) == ("resnet26:eager", 1)
+    assert record.flop_per_s
 
 
 def test_a_reference_that_cannot_run_leaves_no_ratio() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sanctl_models import build_model
 from sanctl_models.fusion import VARIABLE, requested_attention, set_attention, use_attention
-from sanctl_models.sam import SAM
+from sanctl_models.sam import SAM, _projected
 
 SA_TYPES = pytest.mark.parametrize("sa_type", [0, 1], ids=["pairwise", "patchwise"])
 
@@ -82,17 +82,52 @@ def test_it_declines_other_normalisations(
     sam = SAM(sa_type, 16, 8, 64, 8, 3)
     sam = spoil(sam) or sam
     x = torch.randn(2, 16, 6, 6)
-    obstacle = sam.fusing_obstacle(sam.conv1(x), sam.conv3(x))
+    obstacle = sam.fusing_obstacle(x)
     assert obstacle is not None
     assert named in obstacle
     with use_attention("fused"), pytest.raises(ValueError, match=named):
         sam(x)
 
 
+class Doubled(nn.Conv2d):
+    """Stands for what users put in a convolution's place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@SA_TYPES
+@pytest.mark.parametrize("name", ["conv1", "conv2", "conv3"])
+def test_other_projections_are_called(sa_type: int, name: str) -> None:
+    torch.manual_seed(0)
+    sam = SAM(sa_type, 16, 8, 64, 8, 3).double()
+    other = copy.deepcopy(sam)
+    conv = getattr(sam, name)
+    setattr(other, name, Doubled(16, conv.out_channels, 1).double())
+    getattr(other, name).load_state_dict(conv.state_dict())
+    with torch.no_grad():
+        conv.weight *= 2
+        conv.bias *= 2
+    x = torch.randn(2, 16, 6, 6, dtype=torch.float64)
+    with use_attention("fused"):
+        torch.testing.assert_close(other(x), sam(x))
+
+
+@SA_TYPES
+def test_the_obstacle_is_judged_by_what_autocast_makes_of_the_input(sa_type: int) -> None:
+    sam = SAM(sa_type, 16, 8, 64, 8, 3)
+    x = torch.randn(2, 16, 6, 6)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled):
+            made = sam.conv1(x)
+            stand_in = _projected(x, sam.conv1)
+        assert (stand_in.dtype, stand_in.shape) == (made.dtype, made.shape)
+
+
 def test_without_a_gpu_there_is_a_reason() -> None:
     sam = SAM(0, 16, 8, 64, 8, 3)
     x = torch.randn(2, 16, 6, 6)
-    assert sam.fusing_obstacle(sam.conv1(x), sam.conv3(x))
+    assert sam.fusing_obstacle(x)
 
 
 def test_modes(monkeypatch: pytest.MonkeyPatch) -> None:

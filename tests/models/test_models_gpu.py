@@ -105,8 +105,7 @@ def test_autocast_trains(mode: str, sa_type: int, dtype: torch.dtype) -> None:
     images = torch.randn(2, 32, 14, 14, device="cuda")
     expected = F.normalize(sam(images).flatten(), dim=0)
     with torch.autocast("cuda", dtype), use_attention(mode):
-        query, value = (conv(images) for conv in (sam.conv1, sam.conv3))
-        assert sam.fusing_obstacle(query, value) is None
+        assert sam.fusing_obstacle(images) is None
         out = sam(images)
     assert out.dtype == dtype
     assert F.normalize(out.float().flatten(), dim=0) @ expected > 0.99
@@ -127,21 +126,32 @@ def test_a_network_compiles_without_a_graph_break(name: str) -> None:
         assert_alike(actual, expected, 1e-6)
 
 
-@pytest.mark.parametrize("name", ["san10_pairwise", "san10_patchwise"])
-def test_a_fused_network_compiles_without_a_graph_break(name: str) -> None:
+@SA_TYPES
+def test_a_fused_network_compiles_without_a_graph_break(sa_type: int) -> None:
     torch.manual_seed(0)
     torch.compiler.reset()
-    eager = in_general_position(build_model(model=name, classes=10)).cuda()
+    exact = build_model(
+        arch="san",
+        sa_type=sa_type,
+        layers=[1, 1, 1],
+        kernels=[3, 7, 7],
+        widths=[64, 128, 256],
+        classes=10,
+    ).double()
+    eager = copy.deepcopy(in_general_position(exact)).float().cuda()
     eager.to(memory_format=torch.channels_last)
     compiled = torch.compile(copy.deepcopy(eager), fullgraph=True)
-    slopes = torch.randn(4, 10, device="cuda")
-    images = torch.randn(4, 3, 128, 128, device="cuda").contiguous(
-        memory_format=torch.channels_last
-    )
-    with torch.autocast("cuda", torch.bfloat16), use_attention("auto"):
-        for count in (4, 4, 3):
-            batch = (images[:count], slopes[:count])
-            actual, expected = step(compiled, *batch), step(eager, *batch)
-            kept = ("output", "fc.weight")
-            actual, expected = ({k: r[k] for k in kept} for r in (actual, expected))
-            assert_alike(actual, expected, SHARES[torch.bfloat16])
+    slopes = torch.randn(4, 10)
+    images = torch.randn(4, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    for count in (4, 4, 3):
+        x, y = images[:count], slopes[:count]
+        expected = step(exact, x.double(), y.double())
+        x, y = x.cuda(), y.cuda()
+        with torch.autocast("cuda", torch.bfloat16), use_attention("auto"):
+            actual, rounded = step(compiled, x, y), step(eager, x, y)
+        for key in ("output", "images", "fc.weight", "conv0.weight", "bn2.weight"):
+            assert distance(actual[key], expected[key]) < 2 * distance(rounded[key], expected[key])
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()

@@ -21,7 +21,9 @@ DEVICES = [
         ],
     ),
 ]
-LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced")
+LAYOUTS = ("contiguous", "channels_last", "some_channels_last", "transposed", "sliced")
+# Of which results are channels_last.
+CHANNELS_LAST = ("channels_last", "some_channels_last")
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ CASES = [
     Case("one_channel", 6, 6, 3, padding=1, channels=1, shared=1),
     Case("no_images", 4, 4, 3, padding=1, batch=0),
     Case("channels_last", 6, 7, 3, padding=1, layout="channels_last"),
+    Case("some_channels_last", 6, 7, 3, padding=1, layout="some_channels_last"),
     Case("channels_last_zero_stride_2", 7, 7, 3, 2, 1, pad_mode="zero", layout="channels_last"),
     Case("channels_last_no_padding", 6, 7, 3, layout="channels_last"),
     Case("transposed", 6, 5, 3, padding=1, layout="transposed"),
@@ -148,6 +151,9 @@ def laid_out(shape: tuple[int, ...], layout: str) -> Tensor:
     batch, channels, height, width = shape
     if layout == "channels_last":
         return torch.randn(batch, height, width, channels, dtype=torch.float64).movedim(-1, 1)
+    if layout == "some_channels_last":
+        wide = torch.randn(batch, height, width, 2 * channels + 3, dtype=torch.float64)
+        return wide.movedim(-1, 1)[:, 3 : channels + 3]
     if layout == "transposed":
         return torch.randn(batch, channels, width, height, dtype=torch.float64).mT
     if layout == "sliced":
@@ -166,10 +172,10 @@ def make_inputs(
 
 
 def moved(x: Tensor, device: str, dtype: torch.dtype) -> Tensor:
-    """Copy a tensor with its strides, of which `to` keeps those of dense tensors only."""
+    """Copy a tensor with its strides and offset; `to` keeps the strides of dense tensors only."""
     extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
-    storage = torch.zeros(max(extent, 0), dtype=dtype, device=device)
-    return storage.as_strided(x.shape, x.stride()).copy_(x)
+    storage = torch.zeros(x.storage_offset() + max(extent, 0), dtype=dtype, device=device)
+    return storage.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
 
 
 def as_array(x: Tensor) -> Array:

@@ -50,6 +50,7 @@ CASES = [
     PairwiseCase("running1", 4, 2, 6, 7, 3, running1=True),
     PairwiseCase("running2", 4, 2, 6, 7, 3, running2=True),
     PairwiseCase("channels_last", 8, 4, 7, 6, 3, layout="channels_last"),
+    PairwiseCase("some_channels_last", 8, 4, 7, 6, 3, layout="some_channels_last"),
     PairwiseCase("sliced", 8, 4, 7, 6, 3, layout="sliced"),
 ]
 

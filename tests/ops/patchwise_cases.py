@@ -116,6 +116,7 @@ CASES = [
     Case("one_image", 6, 6, 3, batch=1),
     Case("contiguous", 6, 7, 3, layout="contiguous"),
     Case("sliced", 6, 7, 3, layout="sliced"),
+    Case("some_channels_last", 6, 7, 3, layout="some_channels_last"),
 ]
 CASES += [replace(case, name=f"{case.name}_evaluated", training=False) for case in CASES[2:7:2]]
 HOSTILE = [

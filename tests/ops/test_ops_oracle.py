@@ -5,7 +5,17 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from op_cases import CASES, DEVICES, LAYOUTS, OPERATORS, Case, Operator, as_array, make_inputs
+from op_cases import (
+    CASES,
+    CHANNELS_LAST,
+    DEVICES,
+    LAYOUTS,
+    OPERATORS,
+    Case,
+    Operator,
+    as_array,
+    make_inputs,
+)
 from op_oracle import Array
 from torch import Tensor
 
@@ -122,7 +132,7 @@ def test_the_layout_does_not_change_the_values(operator: Operator, device: str) 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_planes_keep_the_layout_and_windows_are_contiguous(layout: str, device: str) -> None:
     case = Case("x", 6, 7, 3, padding=1, layout=layout)
-    expected = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    expected = torch.channels_last if layout in CHANNELS_LAST else torch.contiguous_format
     for name, operator in OPERATORS.items():
         inputs = make_inputs(operator, case, device)
         out = operator.run(*inputs, case.geometry)

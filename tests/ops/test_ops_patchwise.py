@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import DEVICES
+from op_cases import CHANNELS_LAST, DEVICES, LAYOUTS
 from patchwise_cases import (
     CASES,
     HOSTILE,
@@ -134,7 +134,9 @@ def flat(x: Inputs) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case.name in {"wider", "contiguous", "sliced"}], ids=str
+    "case",
+    [c for c in CASES if c.name in {"wider", "contiguous", "sliced", "some_channels_last"}],
+    ids=str,
 )
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -158,6 +160,16 @@ def test_opcheck(case: Case, training: bool, dtype: torch.dtype, device: str) ->
     )
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@each_device
+def test_strides(layout: str, device: str) -> None:
+    x = Case("", 5, 6, 3, layout=layout).inputs().to(device, torch.float32, torch.float32)
+    out = patchwise_attention(*x.arguments).out
+    grads = torch.autograd.grad(out, x.leaves[:3], torch.ones_like(out))
+    expected = torch.channels_last if layout in CHANNELS_LAST else torch.contiguous_format
+    assert all(image.is_contiguous(memory_format=expected) for image in (out, *grads))
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     ("backend", "dynamic"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)]
@@ -165,9 +177,10 @@ def test_opcheck(case: Case, training: bool, dtype: torch.dtype, device: str) ->
 @each_device
 def test_compiles_without_a_graph_break(backend: str, dynamic: bool, device: str) -> None:
     x = Case("", 6, 7, 3).inputs().to(device, torch.float64, torch.float64)
+    others = x.arguments[2:]
 
     def layer(query: Tensor, key: Tensor) -> Tensor:
-        result = patchwise_attention(2 * query, key, *x.arguments[2:])
+        result = patchwise_attention(2 * query, key, *others)
         return result.out.sin() + result.mean2.sum()
 
     compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)
