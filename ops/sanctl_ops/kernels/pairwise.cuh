@@ -116,20 +116,19 @@ struct Pixel {
     }
 };
 
-// Where a walk is in what is stored for every tap and query, (K * K, H * W, slots).
-template <int K, bool KEYS>
-struct Walk {
+// Where a walk over keys is in what is stored for every tap and query, (K * K, H * W, slots).
+template <int K>
+struct KeyWalk {
     unsigned for_tap, for_row;  // what is added for every step, and for every row of them
 
-    __device__ Walk(const Tiling& tiling, int slots) {
+    __device__ KeyWalk(const Tiling& tiling, int slots) {
         const unsigned plane = tiling.height * tiling.width;
-        for_tap = KEYS ? (1 - plane) * slots : plane * slots;
-        for_row = KEYS ? (tiling.width - K) * slots : 0;
+        for_tap = (1 - plane) * slots;
+        for_row = (tiling.width - K) * slots;
     }
 
-    // Over keys, the first step is to the query above and left of the key, whose last tap it is.
-    __device__ static unsigned first(const Pixel<K, KEYS>& pixel, const Tiling& tiling, int slots) {
-        if (!KEYS) return pixel.number(tiling) * slots;
+    // The first step is to the query above and left of the key, whose last tap it is.
+    __device__ static unsigned first(const Pixel<K, true>& pixel, const Tiling& tiling, int slots) {
         const unsigned plane = tiling.height * tiling.width;
         return ((K * K - 1) * plane + (pixel.y - K + 1) * tiling.width + pixel.x - K + 1) * slots;
     }
@@ -161,16 +160,16 @@ __device__ inline void visit_staged(const Place& place, const Tiling& tiling, in
     }
 }
 
-// Copies the folded planes' pixels that a tile's windows reach.
-template <int REL, int K, bool KEYS>
-__device__ inline void stage_relation(const Half* planes, Half* to, const Place& place,
+// Copies the folded keys that a tile's windows reach.
+template <int REL, int K>
+__device__ inline void stage_relation(const Half* keys, Half* to, const Place& place,
                                       const Tiling& tiling) {
     constexpr int SIZE = REL + TAIL;
-    const Half* image = planes + static_cast<long long>(place.n) * tiling.height * tiling.width * SIZE;
-    visit_staged<K, KEYS>(place, tiling, threadIdx.x, blockDim.x, [&](int at, int number, bool exists) {
+    const Half* image = keys + static_cast<long long>(place.n) * tiling.height * tiling.width * SIZE;
+    visit_staged<K, false>(place, tiling, threadIdx.x, blockDim.x, [&](int at, int number, bool) {
 #pragma unroll
         for (int c = 0; c < SIZE; c += 8)
-            copy_or_clear<8>(to + at * SIZE + c, image + number * SIZE + c, exists);
+            copy_async<8>(to + at * SIZE + c, image + number * SIZE + c);
     });
     end_group();
     wait_for_groups<0>();
@@ -183,7 +182,7 @@ __device__ inline unsigned pair_at(const Half* from) {
 
 // The relation of 16 pixels to one neighbour of each, in blocks of 8 pixels and 8 channels: block
 // [c][h] has pixels h * 8 on, channels c * 8 on. TRANSPOSED ones have a channel in every row.
-template <int REL, bool KEYS, bool TRANSPOSED>
+template <int REL, bool TRANSPOSED>
 struct Relation {
     static constexpr int SIZE = REL + TAIL;
     unsigned centre[CHUNKS<REL>][2];
@@ -233,8 +232,7 @@ struct Relation {
 #pragma unroll
             for (int b = 0; b < 4; ++b) {
                 const unsigned own = centre[c + b / 2][b % 2];
-                z[c + b / 2][b % 2] = KEYS ? multiply_add_relu_pairs(own, MINUS_ONE, other[b])
-                                           : multiply_add_relu_pairs(other[b], MINUS_ONE, own);
+                z[c + b / 2][b % 2] = multiply_add_relu_pairs(other[b], MINUS_ONE, own);
             }
         }
         constexpr int LAST = CHUNKS<REL> - 1;
@@ -242,9 +240,7 @@ struct Relation {
         load_matrices<TRANSPOSED>(from + offset + LAST * 16, other);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const unsigned own = centre[LAST][h];
-            const unsigned apart =
-                KEYS ? subtract_pairs(other[h], own) : subtract_pairs(own, other[h]);
+            const unsigned apart = subtract_pairs(centre[LAST][h], other[h]);
             z[LAST][h] = multiply_add_relu_pairs(apart, scale, shift);
         }
     }

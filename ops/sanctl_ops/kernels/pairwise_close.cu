@@ -1,39 +1,30 @@
 // The gradients of query, key and positions, and of the first normalisation: see pairwise_planes.cuh.
 #include "pairwise_planes.cuh"
 
-// Sums up one channel's slopes, and slopes times what was normalised, in the thread's columns; as in
-// close_columns.
-template <int K, typename T, typename F>
+// Sums up one channel's slopes of queries, and slopes times what was normalised, in the thread's
+// columns; as in close_columns.
+template <typename T, typename F>
 __device__ inline void sum_columns(const Image<T>& image, const F* slope_query, const F* slope_key,
                                    int channels, float centre, int height, int width,
                                    double (&sums)[2]) {
-    constexpr int R = K / 2;
-    const int padded_width = width + 2 * R;
     const float key0 = widen(*image.plane[1]);
 #pragma unroll 1
-    for (int x = image.first; x < padded_width; x += image.step) {
-        const int column = image.column(1, source<true>(x - R, width));
-#pragma unroll 4
-        for (int y = 0; y < height + 2 * R; ++y) {
-            const float value = widen(image.row(1, source<true>(y - R, height))[column]) - key0;
-            sums[1] += static_cast<double>(value) * slope_key[(y * padded_width + x) * channels];
-        }
-        if (x >= width) continue;
-        const int own_column = image.column(0, x);
+    for (int x = image.first; x < width; x += image.step)
 #pragma unroll 4
         for (int y = 0; y < height; ++y) {
-            const double slope = slope_query[(y * width + x) * channels];
-            const float value = widen(image.row(0, y)[own_column]) - key0;
+            const int at = (y * width + x) * channels;
+            const double slope = slope_query[at];
+            const float query = widen(image.row(0, y)[image.column(0, x)]) - key0;
+            const float key = widen(image.row(1, y)[image.column(1, x)]) - key0;
             sums[0] += slope;
-            sums[1] += (static_cast<double>(value) - centre) * slope;
+            sums[1] += (static_cast<double>(query) - centre) * slope +
+                       static_cast<double>(key) * slope_key[at];
         }
-    }
 }
 
-// Slopes are sums over queries and, negative, over padded keys of the gradient behind the first
-// normalisation. Writes for every channel of a part of an image their sum, and that of slopes times
+// Slopes are sums over queries and, negative, over keys of the gradient behind the first normalisation. Writes for every channel of a part of an image their sum, and that of slopes times
 // what was normalised, to `totals`. Slopes are laid out as `pairwise_close` takes them.
-template <typename T, int K>
+template <typename T>
 __global__ void __launch_bounds__(THREADS)
     pairwise_close_sums(const T* query, Strides sq, const T* key, Strides sk, const T* position,
                         Strides sp, const float* slopes_query, const float* slopes_key,
@@ -42,17 +33,15 @@ __global__ void __launch_bounds__(THREADS)
                         int width, int parts, int channels) {
     extern __shared__ double shared[];
     const Image<T> image({{query, key, position}, {sq, sk, sp}}, images, relation, parts);
-    const long long plane = height * width, padded = (height + K - 1) * (width + K - 1);
-    const long long n = image.number;
+    const long long before = static_cast<long long>(image.number) * height * width * channels;
     const int channel = image.channel;
     double sums[2] = {};
     if (image.positions)
-        sum_columns<K>(image, positions_query + channel, positions_key + channel, 2,
-                       mean[relation + channel], height, width, sums);
+        sum_columns(image, positions_query + channel, positions_key + channel, 2,
+                    mean[relation + channel], height, width, sums);
     else
-        sum_columns<K>(image, slopes_query + n * plane * channels + channel,
-                       slopes_key + n * padded * channels + channel, channels, mean[channel], height,
-                       width, sums);
+        sum_columns(image, slopes_query + before + channel, slopes_key + before + channel, channels,
+                    mean[channel], height, width, sums);
     sum_of_channel(sums, shared, image.channels);
     if (static_cast<int>(threadIdx.x) >= image.channels) return;
     double* to = totals + ((image.before(relation) + channel) * parts + image.part) * 2;
@@ -112,7 +101,6 @@ __device__ inline void close_columns(const Image<T>& image, const F* slope_query
                                      const float* constants, const Columns<O>& to, int height,
                                      int width) {
     constexpr int R = K / 2;
-    const int padded_width = width + 2 * R;
     const float key0 = widen(*image.plane[1]), factor = constants[0];
     const float constant = constants[1] * repeated, linear = constants[2] * repeated;
 #pragma unroll 1
@@ -129,10 +117,6 @@ __device__ inline void close_columns(const Image<T>& image, const F* slope_query
             readers[j] = readings(x + j - R, x, width, R);
             all_readers += readers[j];
         }
-        int shown_x[IMAGES<true>];  // columns of padded keys that show this one; -1 for none
-#pragma unroll
-        for (int b = 0; b < IMAGES<true>; ++b)
-            shown_x[b] = ::image<true>(x, width, R, b, shown_x[b]) ? shown_x[b] + R : -1;
         float keys[K] = {}, queries[K] = {};
 #pragma unroll 1
         for (int begin = 0; begin < height + 2 * R; begin += K)
@@ -151,7 +135,7 @@ __device__ inline void close_columns(const Image<T>& image, const F* slope_query
                 }
                 const int own = y - R;  // the row in the middle of the last K
                 if (own < 0) continue;
-                float taps = 0, windows = 0, row_readers = 0, slope = 0;
+                float taps = 0, windows = 0, row_readers = 0;
                 // Far from the borders every row of the last K reads this one once.
                 const bool inside = own > R && own < height - 1 - R;
 #pragma unroll
@@ -169,16 +153,6 @@ __device__ inline void close_columns(const Image<T>& image, const F* slope_query
                         windows += reader * queries[k];
                         row_readers += reader;
                     }
-#pragma unroll
-                for (int a = 0; a < IMAGES<true>; ++a) {
-                    int shown_y;
-                    if (a > 0 && inside) break;
-                    if (!::image<true>(own, height, R, a, shown_y)) continue;
-                    const F* line = slope_key + (shown_y + R) * padded_width * channels;
-#pragma unroll
-                    for (int b = 0; b < IMAGES<true>; ++b)
-                        if (shown_x[b] >= 0) slope += line[shown_x[b] * channels];
-                }
                 const float own_query = widen(image.row(0, own)[columns[0][R]]) - key0 - centre;
                 const float own_key = widen(image.row(1, own)[columns[1][R]]) - key0;
                 const float count = row_readers * all_readers;
@@ -186,7 +160,7 @@ __device__ inline void close_columns(const Image<T>& image, const F* slope_query
                     factor * (slope_query[(own * width + x) * channels] - K * K * constant -
                               linear * (K * K * own_query - taps));
                 const float of_key =
-                    factor * (slope + count * constant + linear * (windows - count * own_key));
+                    factor * (slope_key[(own * width + x) * channels] + count * constant + linear * (windows - count * own_key));
                 store_query[own * to.query_row] = narrow<O>(of_query);
                 store_key[own * to.key_row] = narrow<O>(of_key);
             }
@@ -204,7 +178,7 @@ __global__ void __launch_bounds__(THREADS)
                    T* grad_query, Strides gq, T* grad_key, Strides gk, float* grad_positions,
                    int images, int relation, int height, int width, int parts, int channels) {
     const Image<T> image({{query, key, position}, {sq, sk, sp}}, images, relation, parts);
-    const long long plane = height * width, padded = (height + K - 1) * (width + K - 1);
+    const long long plane = height * width;
     const int channel = image.channel;
     if (image.positions) {
         const int of_all = relation + channel;
@@ -218,7 +192,7 @@ __global__ void __launch_bounds__(THREADS)
         const Columns<T> to = {grad_query + n * gq.n + channel * gq.c,
                                grad_key + n * gk.n + channel * gk.c, gq.w, gq.h, gk.w, gk.h};
         close_columns<K>(image, slopes_query + n * plane * channels + channel,
-                         slopes_key + n * padded * channels + channel, channels, 1.0f, mean[channel],
+                         slopes_key + n * plane * channels + channel, channels, 1.0f, mean[channel],
                          constants + channel * 3, to, height, width);
     }
 }

@@ -106,8 +106,7 @@ def close(
     """
     assert norm.mean is not None
     assert norm.variance is not None
-    device, relation = planes.query.device, layout.relation
-    parts = -(-layout.padded[1] // (THREADS // relation))
+    device, parts, relation = planes.query.device, _parts(layout), layout.relation
     mean, variance = wide(norm.mean), wide(norm.variance)
     base = layout.rel or relation
     positions = [x[..., base : base + 2].sum(0, dtype=torch.float64) for x in sums]
@@ -118,7 +117,7 @@ def close(
     sizes = (layout.images, relation, layout.height, layout.width, parts, layout.size)
     dtype, blocks = planes.query.dtype, (layout.images + 1) * parts
     launch(
-        kernel(CLOSE, "pairwise_close_sums", dtype, layout.kernel_size),
+        kernel(CLOSE, "pairwise_close_sums", dtype),
         device,
         blocks,
         THREADS,

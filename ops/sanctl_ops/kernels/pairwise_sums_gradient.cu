@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(256, 2)
                                          {first + 8 + lane / 4u, place, tiling}};
         const float* sums_of[2];
         unsigned at[2], columns[2];
-        const Walk<K, true> walk(tiling, slots);
+        const KeyWalk<K> walk(tiling, slots);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             sums_of[h] = staged_sums + pixel[h].staged_number(tiling) * slots + own.slot;

@@ -1,5 +1,6 @@
 """How the kernels of pairwise attention cut planes into tiles (pairwise.cuh)."""
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -22,6 +23,12 @@ GROUP = 16  # pixels of a warp, as in pairwise.cuh
 MOST_WARPS = 8
 MANY_CHANNELS_WARPS = 4
 MOST_PRODUCTS = 256
+# Columns of a tile where groups of pixels take whole rows of it.
+GROUP_COLUMNS = (16, 8, 4)
+# As PARTS in pairwise_relation_gradient.cu, and what a block of it may take of shared memory where
+# registers leave room for more than two.
+GRADIENT_PARTS = {128: 2}
+GRADIENT_BYTES = {32: 72 * 1024}
 # Shares that sums over all pixels are dealt out to, at least, where there are tiles enough.
 SHARES = 1024
 
@@ -33,6 +40,7 @@ class Tiles:
     Attributes:
         rows, columns: of a tile.
         down, across: tiles of an image.
+        staged: columns of a tile and of what its windows reach.
         warps: of a block.
         shared_bytes: what a block stages: of a tile's pixels, and of those that its windows reach.
         argument: struct Tiling.
@@ -42,6 +50,7 @@ class Tiles:
     columns: int
     down: int
     across: int
+    staged: int
     warps: int
     shared_bytes: int
     argument: np.ndarray
@@ -59,9 +68,14 @@ def tiles_of_share(layout: Layout, cut: Tiles) -> int:
     return max(1, min(most, layout.images * cut.of_image // SHARES))
 
 
-def relation_walk(layout: Layout, keys: bool = False) -> Tiles:
-    """Return the tiles of a walk over the relations of queries or of padded keys."""
-    return _known(_relation_walk(layout, keys))
+def relation_walk(layout: Layout) -> Tiles:
+    """Return the tiles of a walk over relations."""
+    return _known(_relation_walk(layout))
+
+
+def gradient_walk(layout: Layout) -> Tiles:
+    """Return the tiles of a walk over relations that adds up gradients of keys."""
+    return _known(_gradient_walk(layout))
 
 
 def value_walk(layout: Layout) -> Tiles:
@@ -81,7 +95,7 @@ def obstacle(dtype: torch.dtype, layout: Layout) -> str | None:
     reason = layout.obstacle()
     if reason is not None:
         return reason
-    relations = (_relation_walk(layout, keys) for keys in (False, True))
+    relations = _relation_walk(layout), _gradient_walk(layout)
     if None in (*relations, _value_walk(layout), _slope_walk(layout)):
         return f"windows of {layout.kernel_size} pixels do not fit shared memory"
     return None
@@ -92,9 +106,20 @@ def _known(cut: Tiles | None) -> Tiles:
     return cut
 
 
-def _relation_walk(layout: Layout, keys: bool) -> Tiles | None:
-    most_warps = MANY_CHANNELS_WARPS if layout.rel > 16 else MOST_WARPS
-    return _tiles(_one_image(layout), keys, most_warps, 2 * layout.size)
+def _relation_walk(layout: Layout) -> Tiles | None:
+    return _tiles(_one_image(layout), False, _relation_warps(layout), 2 * layout.size)
+
+
+def _relation_warps(layout: Layout) -> int:
+    return MANY_CHANNELS_WARPS if layout.rel > 16 else MOST_WARPS
+
+
+def _gradient_walk(layout: Layout) -> Tiles | None:
+    chunks = -(-layout.size // (8 * GRADIENT_PARTS.get(layout.rel, 1)))
+    most_bytes = GRADIENT_BYTES.get(layout.rel, MOST_SHARED_BYTES)
+    # A pixel's key, and the float sums of a part of its channels.
+    bytes_of_pixel = 2 * layout.size + 32 * chunks
+    return _row_tiles(_one_image(layout), _relation_warps(layout), bytes_of_pixel, most_bytes)
 
 
 def _value_walk(layout: Layout) -> Tiles | None:
@@ -129,17 +154,64 @@ def _tiles(layout: Layout, keys: bool, most_warps: int, bytes_of_pixel: int) -> 
     most_pixels = MOST_WARPS * GROUP
     for across in range(-(-width // most_pixels), width + 1):
         columns = -(-width // across)
+        staged = columns + more
         rows = min(height, most_pixels // columns)
-        while rows > 1 and (rows + more) * (columns + more) * bytes_of_pixel > MOST_SHARED_BYTES:
+        while rows > 1 and (rows + more) * staged * bytes_of_pixel > MOST_SHARED_BYTES:
             rows -= 1
         down = -(-height // rows)
         rows = -(-height // down)
-        shared_bytes = (rows + more) * (columns + more) * bytes_of_pixel
-        if shared_bytes <= MOST_SHARED_BYTES:
-            fields = (divisor(across), divisor(down), divisor(columns), divisor(columns + more))
-            sides = (rows, layout.height, layout.width)
-            argument = structure((*fields, *sides), TILING)
-            groups = -(-rows * columns // GROUP)
-            warps = -(-groups // -(-groups // most_warps))
-            return Tiles(rows, columns, down, across, warps, shared_bytes, argument)
+        cut = _cut(layout, rows, columns, down, across, staged, bytes_of_pixel, most_warps)
+        if cut.shared_bytes <= MOST_SHARED_BYTES:
+            return cut
     return None
+
+
+@cache
+def _row_tiles(
+    layout: Layout, most_warps: int, bytes_of_pixel: int, most_bytes: int
+) -> Tiles | None:
+    """Cut a walk over queries into tiles of which groups of pixels take whole rows.
+
+    Args:
+        layout: the layer.
+        most_warps: of a block, which takes up to two turns.
+        bytes_of_pixel: what is staged of a pixel.
+        most_bytes: of shared memory.
+
+    Returns:
+        Of the tiles that fit those that keep the fewest warps busy, then stage the fewest pixels;
+        None if none fit.
+    """
+    more, found = layout.kernel_size - 1, []
+    for columns, turns in itertools.product(GROUP_COLUMNS, (2, 1)):
+        across = -(-layout.width // columns)
+        staged = (columns if across > 1 else layout.width) + more
+        of_warps = most_warps * turns * GROUP // columns
+        rows = min(layout.height, of_warps, most_bytes // (staged * bytes_of_pixel) - more)
+        if rows > 0:
+            down = -(-layout.height // rows)
+            rows = -(-layout.height // down)
+            cut = _cut(layout, rows, columns, down, across, staged, bytes_of_pixel, most_warps)
+            groups = -(-rows * columns // GROUP)
+            busy = cut.of_image * cut.warps * -(-groups // cut.warps)
+            found.append((busy, cut.of_image * cut.shared_bytes, cut))
+    return min(found, key=lambda one: one[:2])[2] if found else None
+
+
+def _cut(
+    layout: Layout,
+    rows: int,
+    columns: int,
+    down: int,
+    across: int,
+    staged: int,
+    bytes_of_pixel: int,
+    most_warps: int,
+) -> Tiles:
+    """Return tiles of which `staged` columns are staged; their warps are equally busy."""
+    shared_bytes = (rows + layout.kernel_size - 1) * staged * bytes_of_pixel
+    fields = (divisor(across), divisor(down), divisor(columns), divisor(staged))
+    argument = structure((*fields, rows, layout.height, layout.width), TILING)
+    groups = -(-rows * columns // GROUP)
+    warps = -(-groups // -(-groups // most_warps))
+    return Tiles(rows, columns, down, across, staged, warps, shared_bytes, argument)

@@ -62,11 +62,11 @@ __global__ void __launch_bounds__(RELATION_THREADS<REL>, RELATION_BLOCKS<REL>)
     for (int tile = share * tiles; tile < end; ++tile) {
         const Place place(tile, tiling);
         __syncthreads();
-        stage_relation<REL, K, false>(key, staged, place, tiling);
+        stage_relation<REL, K>(key, staged, place, tiling);
 #pragma unroll 1
         for (int first = warp * GROUP; first < pixels; first += warps * GROUP) {
             const Pixel<K, false> row(first + lane % 16, place, tiling);
-            Relation<REL, false, false> relation(query, affine, staged, lane, row, tiling);
+            Relation<REL, false> relation(query, affine, staged, lane, row, tiling);
             int number[2];
             bool mine[2];
 #pragma unroll
