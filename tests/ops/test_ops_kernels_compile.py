@@ -21,7 +21,7 @@ from torch import Tensor
 import sanctl_ops
 from sanctl_ops import kernels
 from sanctl_ops.checks import DTYPES
-from sanctl_ops.kernels import geometry, pairwise_tiles, patchwise_plan, runtime
+from sanctl_ops.kernels import geometry, pairwise_planes, pairwise_tiles, patchwise_plan, runtime
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # Machine code, but not the fastest: that takes ten times as long.
@@ -29,6 +29,7 @@ QUICKLY = ("--Ofast-compile=max", "--split-compile=0")
 DECLARATION = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(([^)]*)\)")
 # What a parameter's C++ type takes.
 STRUCTURES = {
+    "Cut": pairwise_planes.CUT,
     "Deal": geometry.DEAL,
     "Divisor": geometry.DIVISOR,
     "Shape": patchwise_plan.SHAPE,

@@ -84,115 +84,175 @@ __device__ inline int readings(int centre, int pixel, int side, int radius) {
            (pixel < side - 1 && 2 * (side - 1) - pixel - centre <= radius);
 }
 
-// Where the gradients of a query's and a key's column go, and how far its rows are apart.
-template <typename O>
-struct Columns {
-    O* query;
-    O* key;
-    long long query_column, query_row, key_column, key_row;
+// What the blocks of pairwise_close take: `rows` x `columns` pixels of `channels` channels; laid out
+// as CUT in pairwise_planes.py.
+struct Cut {
+    Divisor down, across, pieces;
+    int rows, columns, channels;
 };
 
-// Writes one channel's gradients of query and key in the thread's columns. `slope_query` and
-// `slope_key` point to the channel's slopes at the first pixel, `channels` apart; constants are taken
-// `repeated` times.
-template <int K, typename T, typename F, typename O>
-__device__ inline void close_columns(const Image<T>& image, const F* slope_query, const F* slope_key,
-                                     int channels, float repeated, float centre,
-                                     const float* constants, const Columns<O>& to, int height,
-                                     int width) {
+// Where a block's sums along rows lie: those of queries `apart` behind those of keys.
+struct RowSums {
+    float* first;  // of the thread's column, in row `begin`
+    int begin, end, pitch, apart;
+};
+
+// One channel of one column: where its values, slopes and gradients begin, and constants, which are
+// taken `repeated` times.
+template <typename T, typename F, typename O>
+struct Column {
+    const T* planes[2];  // of query and key
+    Strides strides[2];
+    const F* slopes[2];
+    int pitch;  // between the slopes of two pixels
+    O* grads[2];
+    long long to_column[2], to_row[2];
+    float centre;
+    const float* constants;
+    float repeated;
+
+    // A value of query or key at the start of a row and a column, centred.
+    __device__ float value(int which, const T* row, int column, float key0) const {
+        return widen(row[column]) - key0 - (which == 0 ? centre : 0);
+    }
+};
+
+// Sums up along rows what the windows around column x read of keys, and what reads it of queries; the
+// thread takes every `step`-th row from `first` on. Returns how many taps of a row read the column.
+template <int K, typename Column>
+__device__ inline float sum_rows(const Column& own, const RowSums& sums, int x, int width, int first,
+                                 int step) {
     constexpr int R = K / 2;
-    const float key0 = widen(*image.plane[1]), factor = constants[0];
-    const float constant = constants[1] * repeated, linear = constants[2] * repeated;
+    const float key0 = widen(*own.planes[1]);
+    float readers[K], all_readers = 0;
+    int columns[2][K];
+#pragma unroll
+    for (int j = 0; j < K; ++j) {
+        readers[j] = readings(x + j - R, x, width, R);
+        all_readers += readers[j];
+#pragma unroll
+        for (int s = 0; s < 2; ++s)
+            columns[s][j] = source<true>(x + j - R, width) * static_cast<int>(own.strides[s].w);
+    }
 #pragma unroll 1
-    for (int x = image.first; x < width; x += image.step) {
-        O* const store_query = to.query + x * to.query_column;
-        O* const store_key = to.key + x * to.key_column;
-        int columns[2][K];
-        float readers[K], all_readers = 0;
+    for (int y = sums.begin + first; y < sums.end; y += step) {
+        const auto* query_row = own.planes[0] + y * own.strides[0].h;
+        const auto* key_row = own.planes[1] + y * own.strides[1].h;
+        float key = 0, query = 0;
 #pragma unroll
         for (int j = 0; j < K; ++j) {
-#pragma unroll
-            for (int s = 0; s < 2; ++s)
-                columns[s][j] = image.column(s, source<true>(x + j - R, width));
-            readers[j] = readings(x + j - R, x, width, R);
-            all_readers += readers[j];
+            key += own.value(1, key_row, columns[1][j], key0);
+            query += readers[j] * own.value(0, query_row, columns[0][j], key0);
         }
-        float keys[K] = {}, queries[K] = {};
-#pragma unroll 1
-        for (int begin = 0; begin < height + 2 * R; begin += K)
+        float* const to = sums.first + (y - sums.begin) * sums.pitch;
+        to[0] = key;
+        to[sums.apart] = query;
+    }
+    return all_readers;
+}
+
+// What the window around a pixel sums up of keys, what those that read it sum up of queries, and how
+// many taps of a column read its row.
+struct WindowSums {
+    float taps = 0, windows = 0, readers = 0;
+
+    template <int K>
+    __device__ void add(const RowSums& sums, int y, int height, Number<K>) {
+        constexpr int R = K / 2;
+        // Far from the borders every row of a window reads this one once.
+        const bool inside = y > R && y < height - 1 - R;
+        const float* row = sums.first + (y - R - sums.begin) * sums.pitch;
+        if (inside)
 #pragma unroll
-            for (int i = 0; i < K; ++i) {
-                const int y = begin + i - R;
-                if (y >= height + R) break;
-                const int shown = source<true>(y, height);
-                const T* query_row = image.row(0, shown);
-                const T* key_row = image.row(1, shown);
-                keys[i] = queries[i] = 0;
-#pragma unroll
-                for (int j = 0; j < K; ++j) {
-                    keys[i] += widen(key_row[columns[1][j]]) - key0;
-                    queries[i] += readers[j] * (widen(query_row[columns[0][j]]) - key0 - centre);
-                }
-                const int own = y - R;  // the row in the middle of the last K
-                if (own < 0) continue;
-                float taps = 0, windows = 0, row_readers = 0;
-                // Far from the borders every row of the last K reads this one once.
-                const bool inside = own > R && own < height - 1 - R;
-#pragma unroll
-                for (int k = 0; k < K; ++k) taps += keys[k];
-                if (inside) {
-                    row_readers = K;
-#pragma unroll
-                    for (int k = 0; k < K; ++k) windows += queries[k];
-                } else
-#pragma unroll
-                    for (int k = 0; k < K; ++k) {
-                        // Line k is the latest one up to i, and one of the round before behind it.
-                        const int line = begin + k - R - (k > i ? K : 0);
-                        const float reader = readings(line, own, height, R);
-                        windows += reader * queries[k];
-                        row_readers += reader;
-                    }
-                const float own_query = widen(image.row(0, own)[columns[0][R]]) - key0 - centre;
-                const float own_key = widen(image.row(1, own)[columns[1][R]]) - key0;
-                const float count = row_readers * all_readers;
-                const float of_query =
-                    factor * (slope_query[(own * width + x) * channels] - K * K * constant -
-                              linear * (K * K * own_query - taps));
-                const float of_key =
-                    factor * (slope_key[(own * width + x) * channels] + count * constant + linear * (windows - count * own_key));
-                store_query[own * to.query_row] = narrow<O>(of_query);
-                store_key[own * to.key_row] = narrow<O>(of_key);
+            for (int i = 0; i < K; ++i, row += sums.pitch) {
+                taps += row[0];
+                windows += row[sums.apart];
             }
+        else
+#pragma unroll 1
+            for (int i = 0; i < K; ++i) {
+                const float reader = readings(y + i - R, y, height, R);
+                row = sums.first + (source<true>(y + i - R, height) - sums.begin) * sums.pitch;
+                taps += row[0];
+                windows += reader * row[sums.apart];
+                readers += reader;
+            }
+        if (inside) readers = K;
+    }
+};
+
+// Writes the gradients of query and key in column x, every `step`-th row from `first` to `end`.
+template <int K, typename T, typename F, typename O>
+__device__ inline void close_column(const Column<T, F, O>& own, const RowSums& sums, int x,
+                                    float readers, int first, int end, int step, int height,
+                                    int width) {
+    const float key0 = widen(*own.planes[1]), factor = own.constants[0];
+    const float constant = own.constants[1] * own.repeated, linear = own.constants[2] * own.repeated;
+    O* const to_query = own.grads[0] + x * own.to_column[0];
+    O* const to_key = own.grads[1] + x * own.to_column[1];
+#pragma unroll 1
+    for (int y = first; y < end; y += step) {
+        WindowSums found;
+        found.add(sums, y, height, Number<K>());
+        const auto value = [&](int which) {
+            const T* row = own.planes[which] + y * own.strides[which].h;
+            return own.value(which, row, x * static_cast<int>(own.strides[which].w), key0);
+        };
+        const int at = (y * width + x) * own.pitch;
+        const float count = found.readers * readers;
+        const float of_query = factor * (own.slopes[0][at] - K * K * constant -
+                                         linear * (K * K * value(0) - found.taps));
+        const float of_key = factor * (own.slopes[1][at] + count * constant +
+                                       linear * (found.windows - count * value(1)));
+        to_query[y * own.to_row[0]] = narrow<O>(of_query);
+        to_key[y * own.to_row[1]] = narrow<O>(of_key);
     }
 }
 
 // Writes the gradients of query and key; those of the positions, as queries and as keys, go to
-// `grad_positions`, (2, 2, H * W). Slopes of images have `channels` for every pixel, those of the
-// positions, which are summed over images, two.
+// `grad_positions`, (2, 2, H * W). Slopes of images have `size` for every pixel, those of the
+// positions, which are summed over images, two. Windows are summed along rows, then along columns.
 template <typename T, int K>
 __global__ void __launch_bounds__(THREADS)
     pairwise_close(const T* query, Strides sq, const T* key, Strides sk, const T* position, Strides sp,
                    const float* slopes_query, const float* slopes_key, const double* positions_query,
                    const double* positions_key, const float* mean, const float* constants,
                    T* grad_query, Strides gq, T* grad_key, Strides gk, float* grad_positions,
-                   int images, int relation, int height, int width, int parts, int channels) {
-    const Image<T> image({{query, key, position}, {sq, sk, sp}}, images, relation, parts);
-    const long long plane = height * width;
-    const int channel = image.channel;
-    if (image.positions) {
-        const int of_all = relation + channel;
-        const Columns<float> to = {grad_positions + channel * plane,
-                                   grad_positions + (2 + channel) * plane, 1, width, 1, width};
-        close_columns<K>(image, positions_query + channel, positions_key + channel, 2,
-                         static_cast<float>(images), mean[of_all], constants + of_all * 3, to,
-                         height, width);
+                   int images, int relation, int height, int width, int size, Cut cut) {
+    extern __shared__ double shared[];
+    unsigned rest = blockIdx.x;
+    const int top = cut.down.divide(rest) * cut.rows, left = cut.across.divide(rest) * cut.columns;
+    const int first_channel = cut.pieces.divide(rest) * cut.channels;
+    const long long n = rest, plane = height * width;
+    const bool positions = n == images;
+    const int pitch = cut.channels * cut.columns, thread = threadIdx.x % pitch;
+    const int c = first_channel + thread % cut.channels, x = left + thread / cut.channels;
+    const int first = threadIdx.x / pitch, step = THREADS / pitch;
+    const bool idle = first >= step || c >= (positions ? 2 : relation) || x >= width;
+    const int begin = max(top - K / 2, 0), end = min(top + cut.rows + K / 2, height);
+    const RowSums sums = {reinterpret_cast<float*>(shared) + thread, begin, end, pitch,
+                          (end - begin) * pitch};
+    const auto close = [&](const auto& column) {
+        const float readers = idle ? 0 : sum_rows<K>(column, sums, x, width, first, step);
+        __syncthreads();
+        if (!idle)
+            close_column<K>(column, sums, x, readers, top + first, min(top + cut.rows, height), step,
+                            height, width);
+    };
+    const int channel = idle ? 0 : c;
+    if (positions) {
+        const T* from = position + channel * sp.c;
+        float* to = grad_positions + channel * plane;
+        close(Column<T, double, float>{
+            {from, from}, {sp, sp}, {positions_query + channel, positions_key + channel}, 2,
+            {to, to + 2 * plane}, {1, 1}, {width, width}, mean[relation + channel],
+            constants + (relation + channel) * 3, static_cast<float>(images)});
     } else {
-        const long long n = image.number;
-        const Columns<T> to = {grad_query + n * gq.n + channel * gq.c,
-                               grad_key + n * gk.n + channel * gk.c, gq.w, gq.h, gk.w, gk.h};
-        close_columns<K>(image, slopes_query + n * plane * channels + channel,
-                         slopes_key + n * plane * channels + channel, channels, 1.0f, mean[channel],
-                         constants + channel * 3, to, height, width);
+        const long long slopes = n * plane * size + channel;
+        close(Column<T, float, T>{
+            {query + n * sq.n + channel * sq.c, key + n * sk.n + channel * sk.c}, {sq, sk},
+            {slopes_query + slopes, slopes_key + slopes}, size,
+            {grad_query + n * gq.n + channel * gq.c, grad_key + n * gk.n + channel * gk.c},
+            {gq.w, gk.w}, {gq.h, gk.h}, mean[channel], constants + channel * 3, 1});
     }
 }
