@@ -1,6 +1,7 @@
 """How the kernels of pairwise attention cut planes into tiles (pairwise.cuh)."""
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -29,6 +30,8 @@ GROUP_COLUMNS = (16, 8, 4)
 # registers leave room for more than two.
 GRADIENT_PARTS = {128: 2}
 GRADIENT_BYTES = {32: 72 * 1024}
+# What staging a pixel takes, in taps of one.
+STAGING = 5
 # Shares that sums over all pixels are dealt out to, at least, where there are tiles enough.
 SHARES = 1024
 
@@ -107,7 +110,7 @@ def _known(cut: Tiles | None) -> Tiles:
 
 
 def _relation_walk(layout: Layout) -> Tiles | None:
-    return _tiles(_one_image(layout), False, _relation_warps(layout), 2 * layout.size)
+    return _tiles(_one_image(layout), _relation_warps(layout), 2 * layout.size)
 
 
 def _relation_warps(layout: Layout) -> int:
@@ -119,16 +122,24 @@ def _gradient_walk(layout: Layout) -> Tiles | None:
     most_bytes = GRADIENT_BYTES.get(layout.rel, MOST_SHARED_BYTES)
     # A pixel's key, and the float sums of a part of its channels.
     bytes_of_pixel = 2 * layout.size + 32 * chunks
-    return _row_tiles(_one_image(layout), _relation_warps(layout), bytes_of_pixel, most_bytes)
+    warps = _relation_warps(layout)
+    return _tiles(_one_image(layout), warps, bytes_of_pixel, whole_rows=True, most_bytes=most_bytes)
 
 
 def _value_walk(layout: Layout) -> Tiles | None:
-    return _tiles(_one_image(layout), False, MOST_WARPS, 2 * (8 * layout.blocks + 8))
+    return _sums_walk(layout, 0, keys=False)
 
 
 def _slope_walk(layout: Layout) -> Tiles | None:
-    bytes_of_pixel = 2 * (8 * layout.blocks + 8) + 4 * layout.slots
-    return _tiles(_one_image(layout), True, MOST_WARPS, bytes_of_pixel)
+    return _sums_walk(layout, 4 * layout.slots, keys=True)
+
+
+def _sums_walk(layout: Layout, more_bytes: int, *, keys: bool) -> Tiles | None:
+    """Return the tiles of a walk that stages values or slopes, and rows of logits."""
+    bytes_of_pixel = 2 * (8 * layout.blocks + 8) + more_bytes
+    bytes_of_warp = layout.kernel_size * GROUP * 16
+    one = _one_image(layout)
+    return _tiles(one, MOST_WARPS, bytes_of_pixel, bytes_of_warp=bytes_of_warp, keys=keys)
 
 
 def _one_image(layout: Layout) -> Layout:
@@ -137,81 +148,54 @@ def _one_image(layout: Layout) -> Layout:
 
 
 @cache
-def _tiles(layout: Layout, keys: bool, most_warps: int, bytes_of_pixel: int) -> Tiles | None:
-    """Cut a walk over queries or padded keys into tiles that fit shared memory.
-
-    Args:
-        layout: the layer.
-        keys: whether the walk is over padded keys.
-        most_warps: of a block.
-        bytes_of_pixel: what is staged of a pixel.
-
-    Returns:
-        Tiles of at most MOST_WARPS groups of pixels, or None if not even one row fits.
-    """
-    more = layout.kernel_size - 1
-    height, width = layout.padded if keys else (layout.height, layout.width)
-    most_pixels = MOST_WARPS * GROUP
-    for across in range(-(-width // most_pixels), width + 1):
-        columns = -(-width // across)
-        staged = columns + more
-        rows = min(height, most_pixels // columns)
-        while rows > 1 and (rows + more) * staged * bytes_of_pixel > MOST_SHARED_BYTES:
-            rows -= 1
-        down = -(-height // rows)
-        rows = -(-height // down)
-        cut = _cut(layout, rows, columns, down, across, staged, bytes_of_pixel, most_warps)
-        if cut.shared_bytes <= MOST_SHARED_BYTES:
-            return cut
-    return None
-
-
-@cache
-def _row_tiles(
-    layout: Layout, most_warps: int, bytes_of_pixel: int, most_bytes: int
+def _tiles(
+    layout: Layout,
+    most_warps: int,
+    bytes_of_pixel: int,
+    *,
+    bytes_of_warp: int = 0,
+    keys: bool = False,
+    whole_rows: bool = False,
+    most_bytes: int = MOST_SHARED_BYTES,
 ) -> Tiles | None:
-    """Cut a walk over queries into tiles of which groups of pixels take whole rows.
+    """Cut a walk over planes into tiles.
 
     Args:
         layout: the layer.
         most_warps: of a block, which takes up to two turns.
         bytes_of_pixel: what is staged of a pixel.
+        bytes_of_warp: what a warp needs besides.
+        keys: whether the walk is over padded keys, else over queries.
+        whole_rows: whether groups of pixels take whole rows of a tile.
         most_bytes: of shared memory.
 
     Returns:
-        Of the tiles that fit those that keep the fewest warps busy, then stage the fewest pixels;
-        None if none fit.
+        Of the tiles that fit those that take the least work; None if none fit.
     """
-    more, found = layout.kernel_size - 1, []
-    for columns, turns in itertools.product(GROUP_COLUMNS, (2, 1)):
-        across = -(-layout.width // columns)
-        staged = (columns if across > 1 else layout.width) + more
-        of_warps = most_warps * turns * GROUP // columns
-        rows = min(layout.height, of_warps, most_bytes // (staged * bytes_of_pixel) - more)
-        if rows > 0:
-            down = -(-layout.height // rows)
-            rows = -(-layout.height // down)
-            cut = _cut(layout, rows, columns, down, across, staged, bytes_of_pixel, most_warps)
-            groups = -(-rows * columns // GROUP)
-            busy = cut.of_image * cut.warps * -(-groups // cut.warps)
-            found.append((busy, cut.of_image * cut.shared_bytes, cut))
-    return min(found, key=lambda one: one[:2])[2] if found else None
-
-
-def _cut(
-    layout: Layout,
-    rows: int,
-    columns: int,
-    down: int,
-    across: int,
-    staged: int,
-    bytes_of_pixel: int,
-    most_warps: int,
-) -> Tiles:
-    """Return tiles of which `staged` columns are staged; their warps are equally busy."""
-    shared_bytes = (rows + layout.kernel_size - 1) * staged * bytes_of_pixel
-    fields = (divisor(across), divisor(down), divisor(columns), divisor(staged))
-    argument = structure((*fields, rows, layout.height, layout.width), TILING)
-    groups = -(-rows * columns // GROUP)
-    warps = -(-groups // -(-groups // most_warps))
-    return Tiles(rows, columns, down, across, staged, warps, shared_bytes, argument)
+    more, best, least = layout.kernel_size - 1, None, math.inf
+    height, width = layout.padded if keys else (layout.height, layout.width)
+    every_width = (-(-width // across) for across in range(1, width + 1))
+    for columns, turns in itertools.product(
+        GROUP_COLUMNS if whole_rows else dict.fromkeys(every_width), (2, 1)
+    ):
+        across = -(-width // columns)
+        staged = min(columns, width) + more if across == 1 else columns + more
+        for_pixels = most_bytes - most_warps * bytes_of_warp
+        fitting = for_pixels // (staged * bytes_of_pixel) - more
+        rows = min(height, most_warps * turns * GROUP // columns, fitting)
+        if rows < 1:
+            continue
+        down = -(-height // rows)
+        rows = -(-height // down)
+        groups = -(-rows * columns // GROUP)
+        warps = -(-groups // -(-groups // most_warps))
+        pixels = (rows + more) * staged
+        work = warps * -(-groups // warps) * GROUP * layout.taps + STAGING * pixels
+        if down * across * work < least:
+            least = down * across * work
+            fields = (divisor(across), divisor(down), divisor(columns), divisor(staged))
+            argument = structure((*fields, rows, layout.height, layout.width), TILING)
+            sizes = (rows, columns, down, across, staged, warps)
+            shared_bytes = pixels * bytes_of_pixel + warps * bytes_of_warp
+            best = Tiles(*sizes, shared_bytes, argument)
+    return best
