@@ -114,41 +114,63 @@ __global__ void __launch_bounds__(THREADS)
         }
 }
 
-// Writes the folded planes of query and key; a thread takes 8 channels of a pixel. Each image's
-// channels are centred by the mean of the key, which cancels in differences.
+// Reads up to 8 neighbouring channels, of which `count` exist; in `rows` by one instruction.
+template <typename T>
+__device__ inline void load_channels(const T* from, long long step, int count, bool rows,
+                                     float (&values)[8]) {
+    if (rows) return load<8>(from, values);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) values[e] = e < count ? widen(from[e * step]) : 0;
+}
+
+// Writes the folded planes of query and key; a block takes a part of an image, and a thread always the
+// same 8 channels. Each image's channels are centred by the mean of the key, which cancels in
+// differences. In `rows`, 8 channels of a pixel are neighbours in memory, aligned.
 template <typename T, int REL>
 __global__ void __launch_bounds__(THREADS)
     pairwise_fold_relation(const T* query, Strides sq, const T* key, Strides sk, const T* position,
                            Strides sp, const double* moments, const float* constants, Half* folded_query,
-                           Half* folded_key, Divisor width, Divisor height, int images, int relation,
-                           int parts) {
-    constexpr int PIECES = CHUNKS<REL>;
-    const unsigned number = blockIdx.x * static_cast<unsigned>(THREADS) + threadIdx.x;
-    const int piece = number % PIECES;
-    unsigned rest = number / PIECES;
-    const int x = width.divide(rest), y = height.divide(rest), n = rest;
-    if (n >= images) return;
-    const int base = REL > 0 ? REL : relation;
-    const int plane = static_cast<int>(width.divisor * height.divisor);
-    float values[2][8] = {};
+                           Half* folded_key, Divisor width, int plane, int relation, int parts,
+                           int shares, int rows) {
+    constexpr int PIECES = CHUNKS<REL>, AT_ONCE = THREADS / PIECES;
+    const int slot = threadIdx.x % PIECES * 8, base = REL > 0 ? REL : relation;
+    const int share = blockIdx.x % shares;
+    const long long n = blockIdx.x / shares;
+    if (static_cast<int>(threadIdx.x) >= AT_ONCE * PIECES) return;
+    const int count = min(max(relation - slot, 0), 8);  // of the relation's channels
+    float mean[8], scale[8] = {}, shift[8] = {};
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-        const int slot = piece * 8 + e;
-        if (slot < relation && slot < base) {
-            const Moments* of_image = reinterpret_cast<const Moments*>(moments) + (n * relation + slot) * parts;
-            double sum = 0;
-            for (int p = 0; p < parts; ++p) sum += of_image[p].key;
-            const float mean = of_image->first_key + sum / plane;
-            const float scale = constants[slot * 2], shift = constants[slot * 2 + 1];
-            values[0][e] = scale * (widen(query[n * sq.n + slot * sq.c + y * sq.h + x * sq.w]) - mean) + shift;
-            values[1][e] = scale * (widen(key[n * sk.n + slot * sk.c + y * sk.h + x * sk.w]) - mean);
-        } else if (slot == base || slot == base + 1) {
-            const int c = slot - base;
-            values[0][e] = values[1][e] = widen(position[c * sp.c + y * sp.h + x * sp.w]) *
-                                          power_near(constants[(relation + c) * 2]);
-        }
+        if (e >= count) continue;
+        const Moments* of_image =
+            reinterpret_cast<const Moments*>(moments) + (n * relation + slot + e) * parts;
+        double sum = 0;
+        for (int p = 0; p < parts; ++p) sum += of_image[p].key;
+        mean[e] = of_image->first_key + sum / plane;
+        scale[e] = constants[(slot + e) * 2];
+        shift[e] = constants[(slot + e) * 2 + 1];
     }
-    const long long at = static_cast<long long>(number) * 8;
-    store<8>(folded_query + at, values[0]);
-    store<8>(folded_key + at, values[1]);
+    const T* const from_query = query + n * sq.n + slot * sq.c;
+    const T* const from_key = key + n * sk.n + slot * sk.c;
+#pragma unroll 2
+    for (int pixel = share * AT_ONCE + threadIdx.x / PIECES; pixel < plane; pixel += shares * AT_ONCE) {
+        unsigned y = pixel;
+        const int x = width.divide(y);
+        float values[2][8];
+        load_channels(from_query + y * sq.h + x * sq.w, sq.c, count, rows && count == 8, values[0]);
+        load_channels(from_key + y * sk.h + x * sk.w, sk.c, count, rows && count == 8, values[1]);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+            const int c = slot + e - base;  // of the positions
+            if (e < count) {
+                values[0][e] = scale[e] * (values[0][e] - mean[e]) + shift[e];
+                values[1][e] = scale[e] * (values[1][e] - mean[e]);
+            } else if (c == 0 || c == 1)
+                values[0][e] = values[1][e] = widen(position[c * sp.c + y * sp.h + x * sp.w]) *
+                                              power_near(constants[(relation + c) * 2]);
+        }
+        const long long at = ((n * plane + pixel) * PIECES + threadIdx.x % PIECES) * 8;
+        store<8>(folded_query + at, values[0]);
+        store<8>(folded_key + at, values[1]);
+    }
 }

@@ -37,7 +37,7 @@ struct PowerSums {
 // weight channels s * 8 on, and fewer slots than 8 repeat themselves among the 8 columns of weights2,
 // whose rows of blocks are slabs.
 template <int REL, int K>
-__global__ void __launch_bounds__(RELATION_THREADS<REL>, RELATION_BLOCKS<REL>)
+__global__ void __launch_bounds__(RELATION_THREADS<REL>, REL == 64 ? 3 : RELATION_BLOCKS<REL>)
     pairwise_logits(const Half* query, const Half* key, const Half* affine, const Half* weights1,
                     const Half* weights2, Half* logits, float* log_sums, Tiling tiling, int slots) {
     constexpr int SIZE = REL + TAIL, HIDDEN_CHUNKS = HIDDEN<REL> / 8;

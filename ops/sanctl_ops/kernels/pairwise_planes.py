@@ -26,6 +26,8 @@ CLOSE = "pairwise_close.cu"
 # As in pairwise_planes.cuh and pairwise_fold.cu: threads of a block, and doubles of struct Moments.
 THREADS = 256
 MOMENTS = 5
+# Pixels that a thread folds.
+FOLDED_PIXELS = 8
 # As struct Cut in pairwise_close.cu; the channels of a block, at most, and what it may take of
 # shared memory, so that four fit a multiprocessor.
 CUT = np.dtype(
@@ -84,17 +86,26 @@ def fold(
     )
     shape = (2, layout.images, layout.plane, layout.size)
     folded = torch.empty(shape, dtype=torch.float16, device=device)
+    pixels_at_once = THREADS // (layout.size // 8)
+    shares = -(-layout.plane // (pixels_at_once * FOLDED_PIXELS))
+    rows = all(_is_in_rows(x) for x in planes.countable[:2])
     launch(
         kernel(FOLD, "pairwise_fold_relation", planes.query.dtype, layout.rel),
         device,
-        -(-folded[0].numel() // (8 * THREADS)),
+        layout.images * shares,
         THREADS,
         (
             *(*planes.arguments, moments, constants, folded[0], folded[1]),
-            *(divisor_argument(layout.width), divisor_argument(layout.height), *sizes, parts),
+            *(divisor_argument(layout.width), layout.plane, relation, parts, shares, int(rows)),
         ),
     )
     return folded, affine, statistics[0], statistics[1]
+
+
+def _is_in_rows(x: Tensor) -> bool:
+    """Tell whether every 8 channels of a pixel are neighbours in memory, aligned for one access."""
+    n, c, h, w = x.stride()
+    return c == 1 and x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in (n, h, w))
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ TILING = np.dtype(
 )
 
 GROUP = 16  # pixels of a warp, as in pairwise.cuh
-# Warps of a block, at most; those of a walk over relations of more than 16 channels; and products
-# that tensor cores add up before a sum is written.
+# Warps of a block, at most, and groups of pixels that each takes; warps where relations have more
+# than 16 channels; and products that tensor cores add up before a sum is written.
 MOST_WARPS = 8
+MOST_TURNS = 2
 MANY_CHANNELS_WARPS = 4
 MOST_PRODUCTS = 256
 # Columns of a tile where groups of pixels take whole rows of it.
@@ -110,11 +111,15 @@ def _known(cut: Tiles | None) -> Tiles:
 
 
 def _relation_walk(layout: Layout) -> Tiles | None:
-    return _tiles(_one_image(layout), _relation_warps(layout), 2 * layout.size)
+    return _tiles(_one_image(layout), *_warps_and_turns(layout), 2 * layout.size)
 
 
-def _relation_warps(layout: Layout) -> int:
-    return MANY_CHANNELS_WARPS if layout.rel > 16 else MOST_WARPS
+def _warps_and_turns(layout: Layout) -> tuple[int, int]:
+    """Return the warps of a block that walks over relations, and their turns, at most.
+
+    Small blocks fill what many channels take of registers leaves room for.
+    """
+    return (MANY_CHANNELS_WARPS, 1) if layout.rel > 16 else (MOST_WARPS, MOST_TURNS)
 
 
 def _gradient_walk(layout: Layout) -> Tiles | None:
@@ -122,8 +127,8 @@ def _gradient_walk(layout: Layout) -> Tiles | None:
     most_bytes = GRADIENT_BYTES.get(layout.rel, MOST_SHARED_BYTES)
     # A pixel's key, and the float sums of a part of its channels.
     bytes_of_pixel = 2 * layout.size + 32 * chunks
-    warps = _relation_warps(layout)
-    return _tiles(_one_image(layout), warps, bytes_of_pixel, whole_rows=True, most_bytes=most_bytes)
+    sizes = (*_warps_and_turns(layout), bytes_of_pixel)
+    return _tiles(_one_image(layout), *sizes, whole_rows=True, most_bytes=most_bytes)
 
 
 def _value_walk(layout: Layout) -> Tiles | None:
@@ -138,8 +143,8 @@ def _sums_walk(layout: Layout, more_bytes: int, *, keys: bool) -> Tiles | None:
     """Return the tiles of a walk that stages values or slopes, and rows of logits."""
     bytes_of_pixel = 2 * (8 * layout.blocks + 8) + more_bytes
     bytes_of_warp = layout.kernel_size * GROUP * 16
-    one = _one_image(layout)
-    return _tiles(one, MOST_WARPS, bytes_of_pixel, bytes_of_warp=bytes_of_warp, keys=keys)
+    sizes = (MOST_WARPS, MOST_TURNS, bytes_of_pixel)
+    return _tiles(_one_image(layout), *sizes, bytes_of_warp=bytes_of_warp, keys=keys)
 
 
 def _one_image(layout: Layout) -> Layout:
@@ -151,6 +156,7 @@ def _one_image(layout: Layout) -> Layout:
 def _tiles(
     layout: Layout,
     most_warps: int,
+    most_turns: int,
     bytes_of_pixel: int,
     *,
     bytes_of_warp: int = 0,
@@ -162,7 +168,8 @@ def _tiles(
 
     Args:
         layout: the layer.
-        most_warps: of a block, which takes up to two turns.
+        most_warps: of a block.
+        most_turns: groups of pixels that a warp takes.
         bytes_of_pixel: what is staged of a pixel.
         bytes_of_warp: what a warp needs besides.
         keys: whether the walk is over padded keys, else over queries.
@@ -176,7 +183,7 @@ def _tiles(
     height, width = layout.padded if keys else (layout.height, layout.width)
     every_width = (-(-width // across) for across in range(1, width + 1))
     for columns, turns in itertools.product(
-        GROUP_COLUMNS if whole_rows else dict.fromkeys(every_width), (2, 1)
+        GROUP_COLUMNS if whole_rows else dict.fromkeys(every_width), range(1, most_turns + 1)
     ):
         across = -(-width // columns)
         staged = min(columns, width) + more if across == 1 else columns + more
