@@ -89,6 +89,7 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
     "pairwise_gram.cu": {"pairwise_gram": RELATIONS},
     "pairwise_logits.cu": {"pairwise_logits": RELATIONS},
     "pairwise_close.cu": {
+        "pairwise_sum_positions": FLOAT,
         "pairwise_close_sums": [(dtype,) for dtype in pairwise_layout.DTYPES],
         "pairwise_join_close": [(flag,) for flag in FLAGS],
         "pairwise_close": PAIRWISE_PLANES,

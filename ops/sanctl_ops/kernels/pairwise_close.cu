@@ -1,6 +1,30 @@
 // The gradients of query, key and positions, and of the first normalisation: see pairwise_planes.cuh.
 #include "pairwise_planes.cuh"
 
+// Sums up the slopes of the positions over the images, (H * W, 2) for queries and for keys: a block
+// takes 8 pixels. Slopes have `size` channels, those of the positions from `base` on.
+template <typename T>
+__global__ void __launch_bounds__(THREADS)
+    pairwise_sum_positions(const T* slopes_query, const T* slopes_key, double* of_queries,
+                           double* of_keys, int images, int plane, int size, int base) {
+    constexpr int PIXELS = 8;
+    extern __shared__ double shared[];
+    const bool keys = blockIdx.x % 2 == 1;
+    const int pixel = blockIdx.x / 2 * PIXELS + threadIdx.x % PIXELS;
+    const T* from = (keys ? slopes_key : slopes_query) + pixel * static_cast<long long>(size) + base;
+    double sums[2] = {};
+    if (pixel < plane)
+#pragma unroll 4
+        for (int n = threadIdx.x / PIXELS; n < images; n += THREADS / PIXELS)
+#pragma unroll
+            for (int c = 0; c < 2; ++c) sums[c] += from[n * static_cast<long long>(plane) * size + c];
+    sum_of_channel(sums, shared, PIXELS);
+    if (static_cast<int>(threadIdx.x) >= PIXELS || pixel >= plane) return;
+    double* to = (keys ? of_keys : of_queries) + pixel * 2;
+    to[0] = sums[0];
+    to[1] = sums[1];
+}
+
 // Sums up one channel's slopes of queries, and slopes times what was normalised, in the thread's
 // columns; as in close_columns.
 template <typename T, typename F>

@@ -8,7 +8,7 @@ struct Moments {
 };
 
 template <typename T, int K>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 3)
     pairwise_moments(const T* query, Strides sq, const T* key, Strides sk, const T* position,
                      Strides sp, double* moments, int images, int relation, int height, int width,
                      int parts) {
@@ -24,23 +24,35 @@ __global__ void __launch_bounds__(THREADS)
         for (int j = 0; j < K; ++j) columns[j] = image.column(1, source<true>(x + j - R, width));
         const int own_column = image.column(0, x);
         float sums[K] = {}, squares[K] = {}, sum = 0, square = 0, keys = 0;
+        T next[K], next_centre;
+        // Reads a row of taps, and the query whose last row that is, ahead of their use.
+        const auto fetch = [&](int y) {
+            if (y >= height + R) return;
+            const T* row = image.row(1, source<true>(y, height));
+#pragma unroll
+            for (int j = 0; j < K; ++j) next[j] = row[columns[j]];
+            next_centre = image.row(0, max(y - R, 0))[own_column];
+        };
+        fetch(-R);
 #pragma unroll 1
         for (int begin = 0; begin < height + 2 * R; begin += K)
 #pragma unroll
             for (int i = 0; i < K; ++i) {
                 const int y = begin + i - R;
                 if (y >= height + R) break;
-                const T* row = image.row(1, source<true>(y, height));
+                float values[K];
+#pragma unroll
+                for (int j = 0; j < K; ++j) values[j] = widen(next[j]) - key0;
+                const float centre = widen(next_centre) - query0;
+                fetch(y + 1);
                 sums[i] = squares[i] = 0;
 #pragma unroll
                 for (int j = 0; j < K; ++j) {
-                    const float value = widen(row[columns[j]]) - key0;
-                    sums[i] += value;
-                    squares[i] += value * value;
-                    if (j == R && y >= 0 && y < height) keys += value;
+                    sums[i] += values[j];
+                    squares[i] += values[j] * values[j];
                 }
+                if (y >= 0 && y < height) keys += values[R];
                 if (y < R) continue;
-                const float centre = widen(image.row(0, y - R)[own_column]) - query0;
                 float taps = 0, tap_squares = 0;
 #pragma unroll
                 for (int k = 0; k < K; ++k) {

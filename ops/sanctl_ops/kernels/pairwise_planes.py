@@ -28,6 +28,8 @@ THREADS = 256
 MOMENTS = 5
 # Pixels that a thread folds.
 FOLDED_PIXELS = 8
+# Pixels of a block that sums up over images.
+SUMMED_PIXELS = 8
 # As struct Cut in pairwise_close.cu; the channels of a block, at most, and what it may take of
 # shared memory, so that four fit a multiprocessor.
 CUT = np.dtype(
@@ -161,6 +163,21 @@ class Closed:
     bias: Tensor
 
 
+def _position_sums(sums: tuple[Tensor, Tensor], layout: Layout) -> list[Tensor]:
+    """Return the slopes of the positions, summed up over the images, (H * W, 2) and in float64."""
+    device = sums[0].device
+    found = [torch.empty(layout.plane, 2, dtype=torch.float64, device=device) for _ in sums]
+    launch(
+        kernel(CLOSE, "pairwise_sum_positions", torch.float32),
+        device,
+        2 * -(-layout.plane // SUMMED_PIXELS),
+        THREADS,
+        (*sums, *found, layout.images, layout.plane, layout.size, layout.rel or layout.relation),
+        THREADS * 2 * 8,
+    )
+    return found
+
+
 def close(
     planes: Planes, layout: Layout, sums: tuple[Tensor, Tensor], norm: Norm, by_batch: bool
 ) -> Closed:
@@ -177,9 +194,7 @@ def close(
     assert norm.variance is not None
     device, parts, relation = planes.query.device, _parts(layout), layout.relation
     mean, variance = wide(norm.mean), wide(norm.variance)
-    base = layout.rel or relation
-    positions = [x[..., base : base + 2].sum(0, dtype=torch.float64) for x in sums]
-    slopes = (*sums, *positions)
+    slopes = (*sums, *_position_sums(sums, layout))
     totals = torch.empty(
         (layout.images * relation + 2) * parts, 2, dtype=torch.float64, device=device
     )
