@@ -12,7 +12,7 @@ constexpr int THREADS = 256;  // of a block of pairwise_fold_keys
 
 // Taps that a warp takes at once, where weights do not fit into registers and are read once for them.
 template <int REL>
-constexpr int TOGETHER = REL == 64 ? 2 : 1;
+constexpr int TOGETHER = REL > 32 ? 2 : 1;
 
 // Taps whose slopes are read ahead of their use, as many as there are registers for.
 template <int REL, int K>
@@ -97,11 +97,9 @@ __device__ inline void sum_slopes(unsigned tile, const Half* query, const Half* 
                     for (int h = 0; h < 2; ++h)
                         (v < TAPS ? slopes[v] : next[v - TAPS])[s][h] = next[v][s][h];
 #pragma unroll
-            for (int v = 0; v < TAPS; ++v) {
-                fetch(AHEAD<REL, K> == K ? i + 1 < K : i * K + j + v + AHEAD<REL, K> < K * K,
-                      next[AHEAD<REL, K> - TAPS + v]);
+            for (int v = 0; v < TAPS; ++v)
                 relation.compute((i * tiling.staged.divisor + j + v) * SIZE * 2, z[v]);
-            }
+            if (REL > 64) __syncthreads();  // warps read the same weights, which the cache keeps briefly
             unsigned hidden[TAPS][HIDDEN_CHUNKS][2];
 #pragma unroll
             for (int c = 0; c < HIDDEN_CHUNKS; ++c) {
@@ -119,6 +117,12 @@ __device__ inline void sum_slopes(unsigned tile, const Half* query, const Half* 
                                                          pack<Half>(slope[h * 2], slope[h * 2 + 1]));
                 }
             }
+            if (REL > 64) __syncthreads();
+            // Only here, where these slopes need no registers any more.
+#pragma unroll
+            for (int v = 0; v < TAPS; ++v)
+                fetch(AHEAD<REL, K> == K ? i + 1 < K : i * K + j + v + AHEAD<REL, K> < K * K,
+                      next[AHEAD<REL, K> - TAPS + v]);
 #pragma unroll
             for (int c = 0; c < COUNT; ++c) {
                 unsigned weights[Back::FOURS * 4];
@@ -185,12 +189,14 @@ __global__ void __launch_bounds__(RELATION_THREADS<REL>, RELATION_BLOCKS<REL>)
                                const Half* weights1, const Half* weights2, const Half* back,
                                const Half* grad_logits, const float* unscale, float* grad_query,
                                float* grad_keys, Tiling tiling, int slots) {
+    // Blocks that run at a time take the same part, and read the same weights.
+    const unsigned tiles = gridDim.x / PARTS<REL>;
     const auto sum = [&](auto part) {
-        sum_slopes<REL, K, decltype(part)::value>(blockIdx.x / PARTS<REL>, query, key, affine,
-                                                  weights1, weights2, back, grad_logits, unscale,
-                                                  grad_query, grad_keys, tiling, slots);
+        sum_slopes<REL, K, decltype(part)::value>(blockIdx.x % tiles, query, key, affine, weights1,
+                                                  weights2, back, grad_logits, unscale, grad_query,
+                                                  grad_keys, tiling, slots);
     };
-    if (PARTS<REL> == 1 || blockIdx.x % PARTS<REL> == 0) sum(Number<0>());
+    if (PARTS<REL> == 1 || blockIdx.x < tiles) sum(Number<0>());
     else sum(Number<PARTS<REL> - 1>());
 }
 
