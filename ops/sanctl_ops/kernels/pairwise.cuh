@@ -294,6 +294,60 @@ __device__ inline void multiply(float (&sums)[4], const unsigned (&a)[N][2],
         Mma<Half>::k8(sums, a[COUNT - 1][0], a[COUNT - 1][1], row[FIRST + COUNT - 1]);
 }
 
+// The slopes of the logits of 16 pixels, read AHEAD taps before their use, as blocks of 8 pixels and 8
+// slots: [slab][h] has pixels h * 8 on.
+template <int SLABS, int K, int AHEAD>
+struct Slopes {
+    const Half* tap[2];  // what is read next, of the lane's pixels
+    bool mine[2];        // whether these exist, and the lane's slots
+    unsigned of_tap;     // what is stored for a tap
+    unsigned next[AHEAD][SLABS][2];
+
+    // `image` is (SLABS, K * K, pixels, slots).
+    __device__ Slopes(const Half* image, const unsigned (&pixels)[2], const bool (&exist)[2],
+                      unsigned of_tap, int slots, int lane)
+        : of_tap(of_tap) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            tap[h] = image + pixels[h] * slots + lane % 4 * 2;
+            mine[h] = exist[h] && lane % 4 * 2 < slots;
+        }
+#pragma unroll
+        for (int v = 0; v < AHEAD; ++v) read(next[v], true);
+    }
+
+    // Reads a tap, if there is `any` behind the one before.
+    __device__ void read(unsigned (&to)[SLABS][2], bool any) {
+#pragma unroll
+        for (int s = 0; s < SLABS; ++s)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+                to[s][h] = mine[h] && any ? pair_at(tap[h] + s * K * K * of_tap) : 0;
+        tap[0] += of_tap;
+        tap[1] += of_tap;
+    }
+
+    // Takes the taps that come next, for which `read_ahead` will read as many.
+    template <int TAPS>
+    __device__ void take(unsigned (&taps)[TAPS][SLABS][2]) {
+#pragma unroll
+        for (int v = 0; v < AHEAD; ++v)
+#pragma unroll
+            for (int s = 0; s < SLABS; ++s)
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+                    (v < TAPS ? taps[v] : next[v - TAPS])[s][h] = next[v][s][h];
+    }
+
+    // `i` and `j` are the row and column of the first tap taken.
+    template <int TAPS>
+    __device__ void read_ahead(int i, int j) {
+#pragma unroll
+        for (int v = 0; v < TAPS; ++v)
+            read(next[AHEAD - TAPS + v], AHEAD == K ? i + 1 < K : i * K + j + v + AHEAD < K * K);
+    }
+};
+
 // Weights of the first convolution, which the second normalisation is folded into: a row of blocks
 // for 8 hidden channels; at least two.
 template <int REL>

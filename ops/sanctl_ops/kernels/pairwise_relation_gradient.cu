@@ -25,6 +25,19 @@ constexpr int PARTS = REL > 64 ? 2 : 1;  // as GRADIENT_PARTS in pairwise_tiles.
 template <int REL>
 constexpr int PART_CHUNKS = (CHUNKS<REL> + PARTS<REL> - 1) / PARTS<REL>;
 
+// Writes some of SIZE channels of keys, of which PITCH are in shared memory, multiplied by `factor`.
+template <int SIZE, int PITCH, int CHANNELS>
+__device__ inline void write_keys(const float* sums, float* to, int keys, float factor) {
+    for (int i = threadIdx.x; i < keys * (CHANNELS / 4); i += blockDim.x) {
+        const int key = i / (CHANNELS / 4), channel = i % (CHANNELS / 4) * 4;
+        float four[4];
+        load<4>(sums + key * PITCH + channel, four);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) four[e] *= factor;
+        store<4>(to + key * SIZE + channel, four);
+    }
+}
+
 // The sums of a part of the slopes; arguments as those of pairwise_relation_gradient.
 template <int REL, int K, int PART>
 __device__ inline void sum_slopes(unsigned tile, const Half* query, const Half* key,
@@ -58,44 +71,23 @@ __device__ inline void sum_slopes(unsigned tile, const Half* query, const Half* 
         const Pixel<K, false> row(first + lane % 16, place, tiling);
         Relation<REL, false> relation(centres, affine, staged, lane, row, tiling);
         unsigned number[2];
-        bool exists[2], mine[2];
+        bool exists[2];
         float* of_key[2];
-        const Half* tap[2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const Pixel<K, false> pixel(first + h * 8 + lane / 4, place, tiling);
             number[h] = pixel.number(tiling);
             exists[h] = pixel.exists;
-            mine[h] = pixel.exists && lane % 4 * 2 < slots;
             relation.take_centre(h, centres + number[h] * SIZE, lane);
             of_key[h] = key_sums + pixel.staged_number(tiling) * PITCH + lane % 4 * 2;
-            tap[h] = image + number[h] * slots + lane % 4 * 2;
         }
-        unsigned next[AHEAD<REL, K>][SLABS<REL>][2];
-        // Reads the slopes of the logits at the tap behind the one before, if there is one.
-        const auto fetch = [&](bool any, unsigned (&to)[SLABS<REL>][2]) {
-#pragma unroll
-            for (int s = 0; s < SLABS<REL>; ++s)
-#pragma unroll
-                for (int h = 0; h < 2; ++h)
-                    to[s][h] = mine[h] && any ? pair_at(tap[h] + s * K * K * of_tap) : 0;
-            tap[0] += of_tap;
-            tap[1] += of_tap;
-        };
-#pragma unroll
-        for (int v = 0; v < AHEAD<REL, K>; ++v) fetch(true, next[v]);
+        Slopes<SLABS<REL>, K, AHEAD<REL, K>> ahead(image, number, exists, of_tap, slots, lane);
         float sums[COUNT][4] = {};
         // Takes some taps of row i at once, from j on.
         const auto take = [&](int i, int j, auto number_of_taps) {
             constexpr int TAPS = decltype(number_of_taps)::value;
             unsigned slopes[TAPS][SLABS<REL>][2], z[TAPS][CHUNKS<REL>][2];
-#pragma unroll
-            for (int v = 0; v < AHEAD<REL, K>; ++v)
-#pragma unroll
-                for (int s = 0; s < SLABS<REL>; ++s)
-#pragma unroll
-                    for (int h = 0; h < 2; ++h)
-                        (v < TAPS ? slopes[v] : next[v - TAPS])[s][h] = next[v][s][h];
+            ahead.take(slopes);
 #pragma unroll
             for (int v = 0; v < TAPS; ++v)
                 relation.compute((i * tiling.staged.divisor + j + v) * SIZE * 2, z[v]);
@@ -119,10 +111,7 @@ __device__ inline void sum_slopes(unsigned tile, const Half* query, const Half* 
             }
             if (REL > 64) __syncthreads();
             // Only here, where these slopes need no registers any more.
-#pragma unroll
-            for (int v = 0; v < TAPS; ++v)
-                fetch(AHEAD<REL, K> == K ? i + 1 < K : i * K + j + v + AHEAD<REL, K> < K * K,
-                      next[AHEAD<REL, K> - TAPS + v]);
+            ahead.template read_ahead<TAPS>(i, j);
 #pragma unroll
             for (int c = 0; c < COUNT; ++c) {
                 unsigned weights[Back::FOURS * 4];
@@ -168,15 +157,8 @@ __device__ inline void sum_slopes(unsigned tile, const Half* query, const Half* 
             }
         }
     }
-    float* const to = grad_keys + static_cast<long long>(tile) * keys * SIZE + FIRST * 8;
-    for (int i = threadIdx.x; i < keys * COUNT * 2; i += blockDim.x) {
-        const int number = i / (COUNT * 2), channel = i % (COUNT * 2) * 4;
-        float four[4];
-        load<4>(static_cast<const float*>(key_sums) + number * PITCH + channel, four);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) four[e] *= -*unscale;
-        store<4>(to + number * SIZE + channel, four);
-    }
+    write_keys<SIZE, PITCH, COUNT * 8>(
+        key_sums, grad_keys + static_cast<long long>(tile) * keys * SIZE + FIRST * 8, keys, -*unscale);
 }
 
 // Writes the sums of queries, (N, H * W, REL + 8), and of the keys of every tile, (tiles, staged keys,

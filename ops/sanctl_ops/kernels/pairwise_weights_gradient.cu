@@ -72,46 +72,27 @@ __global__ void __launch_bounds__(RELATION_THREADS<REL>, RELATION_BLOCKS<REL>)
         for (int first = warp * GROUP; first < pixels; first += warps * GROUP) {
             const Pixel<K, false> row(first + lane % 16, place, tiling);
             Relation<REL, false> relation(query, affine, staged, lane, row, tiling);
-            const Half* tap[2];
-            bool mine[2];
+            unsigned number[2];
+            bool exists[2];
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const Pixel<K, false> pixel(first + h * 8 + lane / 4, place, tiling);
-                const int number = pixel.number(tiling);
-                tap[h] = grad_logits +
-                         static_cast<long long>(place.n) * SLABS<REL> * K * K * of_tap +
-                         number * slots + lane % 4 * 2;
-                mine[h] = pixel.exists && lane % 4 * 2 < slots;
+                number[h] = pixel.number(tiling);
+                exists[h] = pixel.exists;
                 relation.take_centre(
-                    h, query + (place.n * static_cast<long long>(plane) + number) * SIZE, lane);
+                    h, query + (place.n * static_cast<long long>(plane) + number[h]) * SIZE, lane);
             }
-            unsigned next[AHEAD<REL, K>][SLABS<REL>][2];
-            // Reads the slopes of the tap behind the one before, if there is one.
-            const auto fetch = [&](bool any, unsigned (&to)[SLABS<REL>][2]) {
-#pragma unroll
-                for (int s = 0; s < SLABS<REL>; ++s)
-#pragma unroll
-                    for (int h = 0; h < 2; ++h)
-                        to[s][h] = mine[h] && any ? pair_at(tap[h] + s * K * K * of_tap) : 0;
-                tap[0] += of_tap;
-                tap[1] += of_tap;
-            };
-#pragma unroll
-            for (int v = 0; v < AHEAD<REL, K>; ++v) fetch(true, next[v]);
+            const Half* image =
+                grad_logits + static_cast<long long>(place.n) * SLABS<REL> * K * K * of_tap;
+            Slopes<SLABS<REL>, K, AHEAD<REL, K>> ahead(image, number, exists, of_tap, slots, lane);
 #pragma unroll 1
             for (int i = 0; i < K; ++i)
 #pragma unroll(REL <= 16 ? K : 1)
                 for (int j = 0; j < K; ++j) {
-                    unsigned slopes[SLABS<REL>][2], z[CHUNKS<REL>][2];
-#pragma unroll
-                    for (int v = 0; v < AHEAD<REL, K>; ++v)
-#pragma unroll
-                        for (int s = 0; s < SLABS<REL>; ++s)
-#pragma unroll
-                            for (int h = 0; h < 2; ++h)
-                                (v == 0 ? slopes : next[v - 1])[s][h] = next[v][s][h];
-                    fetch(AHEAD<REL, K> == K ? i + 1 < K : i * K + j + AHEAD<REL, K> < K * K,
-                          next[AHEAD<REL, K> - 1]);
+                    unsigned tap[1][SLABS<REL>][2], z[CHUNKS<REL>][2];
+                    ahead.take(tap);
+                    ahead.template read_ahead<1>(i, j);
+                    const auto& slopes = tap[0];
                     relation.compute((i * tiling.staged.divisor + j) * SIZE * 2, z);
                     Hidden hidden[ROWS<REL>];
 #pragma unroll
