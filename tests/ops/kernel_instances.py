@@ -115,7 +115,8 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
     "pairwise_gram.cu": {"pairwise_gram": RELATIONS},
     "pairwise_logits.cu": {"pairwise_logits": RELATIONS},
     "pairwise_close.cu": {
-        "pairwise_close_sums": PAIRWISE_PLANES,
+        "pairwise_sum_positions": FLOAT,
+        "pairwise_close_sums": [(dtype,) for dtype in pairwise_layout.DTYPES],
         "pairwise_join_close": [(flag,) for flag in FLAGS],
         "pairwise_close": PAIRWISE_PLANES,
     },
@@ -127,7 +128,8 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
         ),
     },
     "pairwise_relation_gradient.cu": {
-        "pairwise_relation_gradient": [(*r, flag) for r in RELATIONS for flag in FLAGS],
+        "pairwise_relation_gradient": RELATIONS,
+        "pairwise_fold_keys": [(k,) for k in pairwise_layout.KERNEL_SIZES],
     },
     "pairwise_aggregate.cu": {"pairwise_aggregate": VALUES},
     "pairwise_sums_gradient.cu": {

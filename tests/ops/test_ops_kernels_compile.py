@@ -24,7 +24,14 @@ from torch import Tensor
 import sanctl_ops
 from sanctl_ops import kernels
 from sanctl_ops.checks import DTYPES
-from sanctl_ops.kernels import geometry, pairwise_tiles, patchwise_plan, pooling, runtime
+from sanctl_ops.kernels import (
+    geometry,
+    pairwise_planes,
+    pairwise_tiles,
+    patchwise_plan,
+    pooling,
+    runtime,
+)
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # Machine code, but not the fastest: that takes ten times as long.
@@ -32,6 +39,7 @@ QUICKLY = ("--Ofast-compile=max", "--split-compile=0")
 DECLARATION = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(([^)]*)\)")
 # What a parameter's C++ type takes.
 STRUCTURES = {
+    "Cut": pairwise_planes.CUT,
     "Deal": geometry.DEAL,
     "Divisor": geometry.DIVISOR,
     "Pool": pooling.POOL,

@@ -123,10 +123,19 @@ def test_patchwise_kernels_agree_with_autograd(
     assert max(far.values()) < (3e-3 if dtype == torch.bfloat16 else 1.5e-3), far
 
 
+# Channels that are padded, weights that repeat in a quad of lanes, a last tile of fewer rows; and
+# taps two at once, with one left over.
+PAIRWISE_CASES = [
+    PairwiseCase("repeated", 12, 4, 9, 15, 3, batch=1, layout="channels_last"),
+    PairwiseCase("two taps", 64, 32, 6, 9, 3, group=2, batch=1),
+]
+
+
 @pytest.mark.usefixtures("_kernels_on_cpu")
-def test_kernels_of_pairwise_attention(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Channels are padded, weights repeat in a quad of lanes, and the last tile has fewer rows."""
-    case = PairwiseCase("repeated", 12, 4, 9, 15, 3, batch=1, layout="channels_last")
+@pytest.mark.parametrize("case", PAIRWISE_CASES, ids=lambda case: case.name)
+def test_kernels_of_pairwise_attention(
+    case: PairwiseCase, launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dtype = torch.bfloat16
     inputs = draw(case).converted("cpu", dtype, torch.float32)
     launched = len(launcher.launched)

@@ -116,20 +116,19 @@ struct Pixel {
     }
 };
 
-// Where a walk is in what is stored for every tap and query, (K * K, H * W, slots).
-template <int K, bool KEYS>
-struct Walk {
+// Where a walk over keys is in what is stored for every tap and query, (K * K, H * W, slots).
+template <int K>
+struct KeyWalk {
     unsigned for_tap, for_row;  // what is added for every step, and for every row of them
 
-    __device__ Walk(const Tiling& tiling, int slots) {
+    __device__ KeyWalk(const Tiling& tiling, int slots) {
         const unsigned plane = tiling.height * tiling.width;
-        for_tap = KEYS ? (1 - plane) * slots : plane * slots;
-        for_row = KEYS ? (tiling.width - K) * slots : 0;
+        for_tap = (1 - plane) * slots;
+        for_row = (tiling.width - K) * slots;
     }
 
-    // Over keys, the first step is to the query above and left of the key, whose last tap it is.
-    __device__ static unsigned first(const Pixel<K, KEYS>& pixel, const Tiling& tiling, int slots) {
-        if (!KEYS) return pixel.number(tiling) * slots;
+    // The first step is to the query above and left of the key, whose last tap it is.
+    __device__ static unsigned first(const Pixel<K, true>& pixel, const Tiling& tiling, int slots) {
         const unsigned plane = tiling.height * tiling.width;
         return ((K * K - 1) * plane + (pixel.y - K + 1) * tiling.width + pixel.x - K + 1) * slots;
     }
@@ -161,16 +160,16 @@ __device__ inline void visit_staged(const Place& place, const Tiling& tiling, in
     }
 }
 
-// Copies the folded planes' pixels that a tile's windows reach.
-template <int REL, int K, bool KEYS>
-__device__ inline void stage_relation(const Half* planes, Half* to, const Place& place,
+// Copies the folded keys that a tile's windows reach.
+template <int REL, int K>
+__device__ inline void stage_relation(const Half* keys, Half* to, const Place& place,
                                       const Tiling& tiling) {
     constexpr int SIZE = REL + TAIL;
-    const Half* image = planes + static_cast<long long>(place.n) * tiling.height * tiling.width * SIZE;
-    visit_staged<K, KEYS>(place, tiling, threadIdx.x, blockDim.x, [&](int at, int number, bool exists) {
+    const Half* image = keys + static_cast<long long>(place.n) * tiling.height * tiling.width * SIZE;
+    visit_staged<K, false>(place, tiling, threadIdx.x, blockDim.x, [&](int at, int number, bool) {
 #pragma unroll
         for (int c = 0; c < SIZE; c += 8)
-            copy_or_clear<8>(to + at * SIZE + c, image + number * SIZE + c, exists);
+            copy_async<8>(to + at * SIZE + c, image + number * SIZE + c);
     });
     end_group();
     wait_for_groups<0>();
@@ -183,7 +182,7 @@ __device__ inline unsigned pair_at(const Half* from) {
 
 // The relation of 16 pixels to one neighbour of each, in blocks of 8 pixels and 8 channels: block
 // [c][h] has pixels h * 8 on, channels c * 8 on. TRANSPOSED ones have a channel in every row.
-template <int REL, bool KEYS, bool TRANSPOSED>
+template <int REL, bool TRANSPOSED>
 struct Relation {
     static constexpr int SIZE = REL + TAIL;
     unsigned centre[CHUNKS<REL>][2];
@@ -233,8 +232,7 @@ struct Relation {
 #pragma unroll
             for (int b = 0; b < 4; ++b) {
                 const unsigned own = centre[c + b / 2][b % 2];
-                z[c + b / 2][b % 2] = KEYS ? multiply_add_relu_pairs(own, MINUS_ONE, other[b])
-                                           : multiply_add_relu_pairs(other[b], MINUS_ONE, own);
+                z[c + b / 2][b % 2] = multiply_add_relu_pairs(other[b], MINUS_ONE, own);
             }
         }
         constexpr int LAST = CHUNKS<REL> - 1;
@@ -242,9 +240,7 @@ struct Relation {
         load_matrices<TRANSPOSED>(from + offset + LAST * 16, other);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const unsigned own = centre[LAST][h];
-            const unsigned apart =
-                KEYS ? subtract_pairs(other[h], own) : subtract_pairs(own, other[h]);
+            const unsigned apart = subtract_pairs(centre[LAST][h], other[h]);
             z[LAST][h] = multiply_add_relu_pairs(apart, scale, shift);
         }
     }
@@ -297,6 +293,60 @@ __device__ inline void multiply(float (&sums)[4], const unsigned (&a)[N][2],
     if constexpr (COUNT % 2 == 1)
         Mma<Half>::k8(sums, a[COUNT - 1][0], a[COUNT - 1][1], row[FIRST + COUNT - 1]);
 }
+
+// The slopes of the logits of 16 pixels, read AHEAD taps before their use, as blocks of 8 pixels and 8
+// slots: [slab][h] has pixels h * 8 on.
+template <int SLABS, int K, int AHEAD>
+struct Slopes {
+    const Half* tap[2];  // what is read next, of the lane's pixels
+    bool mine[2];        // whether these exist, and the lane's slots
+    unsigned of_tap;     // what is stored for a tap
+    unsigned next[AHEAD][SLABS][2];
+
+    // `image` is (SLABS, K * K, pixels, slots).
+    __device__ Slopes(const Half* image, const unsigned (&pixels)[2], const bool (&exist)[2],
+                      unsigned of_tap, int slots, int lane)
+        : of_tap(of_tap) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            tap[h] = image + pixels[h] * slots + lane % 4 * 2;
+            mine[h] = exist[h] && lane % 4 * 2 < slots;
+        }
+#pragma unroll
+        for (int v = 0; v < AHEAD; ++v) read(next[v], true);
+    }
+
+    // Reads a tap, if there is `any` behind the one before.
+    __device__ void read(unsigned (&to)[SLABS][2], bool any) {
+#pragma unroll
+        for (int s = 0; s < SLABS; ++s)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+                to[s][h] = mine[h] && any ? pair_at(tap[h] + s * K * K * of_tap) : 0;
+        tap[0] += of_tap;
+        tap[1] += of_tap;
+    }
+
+    // Takes the taps that come next, for which `read_ahead` will read as many.
+    template <int TAPS>
+    __device__ void take(unsigned (&taps)[TAPS][SLABS][2]) {
+#pragma unroll
+        for (int v = 0; v < AHEAD; ++v)
+#pragma unroll
+            for (int s = 0; s < SLABS; ++s)
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+                    (v < TAPS ? taps[v] : next[v - TAPS])[s][h] = next[v][s][h];
+    }
+
+    // `i` and `j` are the row and column of the first tap taken.
+    template <int TAPS>
+    __device__ void read_ahead(int i, int j) {
+#pragma unroll
+        for (int v = 0; v < TAPS; ++v)
+            read(next[AHEAD - TAPS + v], AHEAD == K ? i + 1 < K : i * K + j + v + AHEAD < K * K);
+    }
+};
 
 // Weights of the first convolution, which the second normalisation is folded into: a row of blocks
 // for 8 hidden channels; at least two.

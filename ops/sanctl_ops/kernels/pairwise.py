@@ -68,11 +68,13 @@ def backward(
     """Return the gradients; the norms hold the statistics that the forward pass went by."""
     grad, value_rows, out = (pairwise_sums.rows_of(x) for x in (grad, value, out))
     most_slope = pairwise_sums.largest(grad)
-    grad_logits = pairwise_sums.logits_gradient(grad, value_rows, out, saved, most_slope, layout)
+    # The padded gradient of the values is gone before that of the logits comes.
     grad_value = _planes(pairwise_sums.value_gradient(grad, saved, most_slope, layout), value)
+    grad_logits = pairwise_sums.logits_gradient(grad, value_rows, out, saved, most_slope, layout)
     sums = pairwise_weights.weight_sums(saved, grad_logits, layout)
     closing = pairwise_weights.close2(sums, saved, most_slope, weight1, norm2, by_batch[1], layout)
     slopes = pairwise_relation.relation_sums(saved, grad_logits, closing, layout)
+    del grad_logits
     closed = pairwise_planes.close(planes, layout, slopes, norm1, by_batch[0])
     return formulas.Gradients(
         closed.query,

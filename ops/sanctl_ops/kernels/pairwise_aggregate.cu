@@ -19,6 +19,8 @@ __global__ void __launch_bounds__(256, 2)
     const float scale = value_scale(most_value);
     stage_values<T, BLOCKS, K, false>(value, scale, staged, place, tiling, channels, step, slab);
     const long long slab_number = static_cast<long long>(place.n) * slabs.divisor + slab;
+    const Half* slab_logits = logits + slab_number * K * K * plane * slots;
+    LogitRow<K> row_of_taps(staged + (tiling.rows + K - 1) * tiling.staged.divisor * PITCH);
 #pragma unroll 1
     for (int first = threadIdx.x / 32 * GROUP; first < pixels; first += blockDim.x / 32 * GROUP) {
         const Pixel<K, false> of_row(first + lane % 16, place, tiling);
@@ -34,14 +36,18 @@ __global__ void __launch_bounds__(256, 2)
             load<2>(log_sums + (slab_number * plane + number[h]) * slots + own.slot, log_sum[h]);
         }
         ValueSums<BLOCKS> sums;
-        const Half* taps = logits + slab_number * K * K * plane * slots + own.slot;
+        const auto copy = [&](int i) {
+            row_of_taps.copy(
+                slab_logits, slots,
+                [&](int j) { return ((i * K + j) * plane + of_row.number(tiling)) * slots; },
+                [](int) { return true; });
+        };
+        copy(0);
 #pragma unroll 1
         for (int i = 0; i < K; ++i, row += tiling.staged.divisor * PITCH * 2) {
             unsigned logit[K][2];
-#pragma unroll
-            for (int j = 0; j < K; ++j, taps += plane * slots)
-#pragma unroll
-                for (int h = 0; h < 2; ++h) logit[j][h] = pair_at(taps + number[h] * slots);
+            row_of_taps.read(own.slot, logit);
+            if (i + 1 < K) copy(i + 1);
             sums.begin_row();
 #pragma unroll
             for (int j = 0; j < K; ++j) {

@@ -1,39 +1,54 @@
 // The gradients of query, key and positions, and of the first normalisation: see pairwise_planes.cuh.
 #include "pairwise_planes.cuh"
 
-// Sums up one channel's slopes, and slopes times what was normalised, in the thread's columns; as in
-// close_columns.
-template <int K, typename T, typename F>
+// Sums up the slopes of the positions over the images, (H * W, 2) for queries and for keys: a block
+// takes 8 pixels. Slopes have `size` channels, those of the positions from `base` on.
+template <typename T>
+__global__ void __launch_bounds__(THREADS)
+    pairwise_sum_positions(const T* slopes_query, const T* slopes_key, double* of_queries,
+                           double* of_keys, int images, int plane, int size, int base) {
+    constexpr int PIXELS = 8;
+    extern __shared__ double shared[];
+    const bool keys = blockIdx.x % 2 == 1;
+    const int pixel = blockIdx.x / 2 * PIXELS + threadIdx.x % PIXELS;
+    const T* from = (keys ? slopes_key : slopes_query) + pixel * static_cast<long long>(size) + base;
+    double sums[2] = {};
+    if (pixel < plane)
+#pragma unroll 4
+        for (int n = threadIdx.x / PIXELS; n < images; n += THREADS / PIXELS)
+#pragma unroll
+            for (int c = 0; c < 2; ++c) sums[c] += from[n * static_cast<long long>(plane) * size + c];
+    sum_of_channel(sums, shared, PIXELS);
+    if (static_cast<int>(threadIdx.x) >= PIXELS || pixel >= plane) return;
+    double* to = (keys ? of_keys : of_queries) + pixel * 2;
+    to[0] = sums[0];
+    to[1] = sums[1];
+}
+
+// Sums up one channel's slopes of queries, and slopes times what was normalised, in the thread's
+// columns; as in close_columns.
+template <typename T, typename F>
 __device__ inline void sum_columns(const Image<T>& image, const F* slope_query, const F* slope_key,
                                    int channels, float centre, int height, int width,
                                    double (&sums)[2]) {
-    constexpr int R = K / 2;
-    const int padded_width = width + 2 * R;
     const float key0 = widen(*image.plane[1]);
 #pragma unroll 1
-    for (int x = image.first; x < padded_width; x += image.step) {
-        const int column = image.column(1, source<true>(x - R, width));
-#pragma unroll 4
-        for (int y = 0; y < height + 2 * R; ++y) {
-            const float value = widen(image.row(1, source<true>(y - R, height))[column]) - key0;
-            sums[1] += static_cast<double>(value) * slope_key[(y * padded_width + x) * channels];
-        }
-        if (x >= width) continue;
-        const int own_column = image.column(0, x);
+    for (int x = image.first; x < width; x += image.step)
 #pragma unroll 4
         for (int y = 0; y < height; ++y) {
-            const double slope = slope_query[(y * width + x) * channels];
-            const float value = widen(image.row(0, y)[own_column]) - key0;
+            const int at = (y * width + x) * channels;
+            const double slope = slope_query[at];
+            const float query = widen(image.row(0, y)[image.column(0, x)]) - key0;
+            const float key = widen(image.row(1, y)[image.column(1, x)]) - key0;
             sums[0] += slope;
-            sums[1] += (static_cast<double>(value) - centre) * slope;
+            sums[1] += (static_cast<double>(query) - centre) * slope +
+                       static_cast<double>(key) * slope_key[at];
         }
-    }
 }
 
-// Slopes are sums over queries and, negative, over padded keys of the gradient behind the first
-// normalisation. Writes for every channel of a part of an image their sum, and that of slopes times
+// Slopes are sums over queries and, negative, over keys of the gradient behind the first normalisation. Writes for every channel of a part of an image their sum, and that of slopes times
 // what was normalised, to `totals`. Slopes are laid out as `pairwise_close` takes them.
-template <typename T, int K>
+template <typename T>
 __global__ void __launch_bounds__(THREADS)
     pairwise_close_sums(const T* query, Strides sq, const T* key, Strides sk, const T* position,
                         Strides sp, const float* slopes_query, const float* slopes_key,
@@ -42,17 +57,15 @@ __global__ void __launch_bounds__(THREADS)
                         int width, int parts, int channels) {
     extern __shared__ double shared[];
     const Image<T> image({{query, key, position}, {sq, sk, sp}}, images, relation, parts);
-    const long long plane = height * width, padded = (height + K - 1) * (width + K - 1);
-    const long long n = image.number;
+    const long long before = static_cast<long long>(image.number) * height * width * channels;
     const int channel = image.channel;
     double sums[2] = {};
     if (image.positions)
-        sum_columns<K>(image, positions_query + channel, positions_key + channel, 2,
-                       mean[relation + channel], height, width, sums);
+        sum_columns(image, positions_query + channel, positions_key + channel, 2,
+                    mean[relation + channel], height, width, sums);
     else
-        sum_columns<K>(image, slopes_query + n * plane * channels + channel,
-                       slopes_key + n * padded * channels + channel, channels, mean[channel], height,
-                       width, sums);
+        sum_columns(image, slopes_query + before + channel, slopes_key + before + channel, channels,
+                    mean[channel], height, width, sums);
     sum_of_channel(sums, shared, image.channels);
     if (static_cast<int>(threadIdx.x) >= image.channels) return;
     double* to = totals + ((image.before(relation) + channel) * parts + image.part) * 2;
@@ -95,130 +108,175 @@ __device__ inline int readings(int centre, int pixel, int side, int radius) {
            (pixel < side - 1 && 2 * (side - 1) - pixel - centre <= radius);
 }
 
-// Where the gradients of a query's and a key's column go, and how far its rows are apart.
-template <typename O>
-struct Columns {
-    O* query;
-    O* key;
-    long long query_column, query_row, key_column, key_row;
+// What the blocks of pairwise_close take: `rows` x `columns` pixels of `channels` channels; laid out
+// as CUT in pairwise_planes.py.
+struct Cut {
+    Divisor down, across, pieces;
+    int rows, columns, channels;
 };
 
-// Writes one channel's gradients of query and key in the thread's columns. `slope_query` and
-// `slope_key` point to the channel's slopes at the first pixel, `channels` apart; constants are taken
-// `repeated` times.
-template <int K, typename T, typename F, typename O>
-__device__ inline void close_columns(const Image<T>& image, const F* slope_query, const F* slope_key,
-                                     int channels, float repeated, float centre,
-                                     const float* constants, const Columns<O>& to, int height,
-                                     int width) {
+// Where a block's sums along rows lie: those of queries `apart` behind those of keys.
+struct RowSums {
+    float* first;  // of the thread's column, in row `begin`
+    int begin, end, pitch, apart;
+};
+
+// One channel of one column: where its values, slopes and gradients begin, and constants, which are
+// taken `repeated` times.
+template <typename T, typename F, typename O>
+struct Column {
+    const T* planes[2];  // of query and key
+    Strides strides[2];
+    const F* slopes[2];
+    int pitch;  // between the slopes of two pixels
+    O* grads[2];
+    long long to_column[2], to_row[2];
+    float centre;
+    const float* constants;
+    float repeated;
+
+    // A value of query or key at the start of a row and a column, centred.
+    __device__ float value(int which, const T* row, int column, float key0) const {
+        return widen(row[column]) - key0 - (which == 0 ? centre : 0);
+    }
+};
+
+// Sums up along rows what the windows around column x read of keys, and what reads it of queries; the
+// thread takes every `step`-th row from `first` on. Returns how many taps of a row read the column.
+template <int K, typename Column>
+__device__ inline float sum_rows(const Column& own, const RowSums& sums, int x, int width, int first,
+                                 int step) {
     constexpr int R = K / 2;
-    const int padded_width = width + 2 * R;
-    const float key0 = widen(*image.plane[1]), factor = constants[0];
-    const float constant = constants[1] * repeated, linear = constants[2] * repeated;
+    const float key0 = widen(*own.planes[1]);
+    float readers[K], all_readers = 0;
+    int columns[2][K];
+#pragma unroll
+    for (int j = 0; j < K; ++j) {
+        readers[j] = readings(x + j - R, x, width, R);
+        all_readers += readers[j];
+#pragma unroll
+        for (int s = 0; s < 2; ++s)
+            columns[s][j] = source<true>(x + j - R, width) * static_cast<int>(own.strides[s].w);
+    }
 #pragma unroll 1
-    for (int x = image.first; x < width; x += image.step) {
-        O* const store_query = to.query + x * to.query_column;
-        O* const store_key = to.key + x * to.key_column;
-        int columns[2][K];
-        float readers[K], all_readers = 0;
+    for (int y = sums.begin + first; y < sums.end; y += step) {
+        const auto* query_row = own.planes[0] + y * own.strides[0].h;
+        const auto* key_row = own.planes[1] + y * own.strides[1].h;
+        float key = 0, query = 0;
 #pragma unroll
         for (int j = 0; j < K; ++j) {
-#pragma unroll
-            for (int s = 0; s < 2; ++s)
-                columns[s][j] = image.column(s, source<true>(x + j - R, width));
-            readers[j] = readings(x + j - R, x, width, R);
-            all_readers += readers[j];
+            key += own.value(1, key_row, columns[1][j], key0);
+            query += readers[j] * own.value(0, query_row, columns[0][j], key0);
         }
-        int shown_x[IMAGES<true>];  // columns of padded keys that show this one; -1 for none
+        float* const to = sums.first + (y - sums.begin) * sums.pitch;
+        to[0] = key;
+        to[sums.apart] = query;
+    }
+    return all_readers;
+}
+
+// What the window around a pixel sums up of keys, what those that read it sum up of queries, and how
+// many taps of a column read its row.
+struct WindowSums {
+    float taps = 0, windows = 0, readers = 0;
+
+    template <int K>
+    __device__ void add(const RowSums& sums, int y, int height, Number<K>) {
+        constexpr int R = K / 2;
+        // Far from the borders every row of a window reads this one once.
+        const bool inside = y > R && y < height - 1 - R;
+        const float* row = sums.first + (y - R - sums.begin) * sums.pitch;
+        if (inside)
 #pragma unroll
-        for (int b = 0; b < IMAGES<true>; ++b)
-            shown_x[b] = ::image<true>(x, width, R, b, shown_x[b]) ? shown_x[b] + R : -1;
-        float keys[K] = {}, queries[K] = {};
-#pragma unroll 1
-        for (int begin = 0; begin < height + 2 * R; begin += K)
-#pragma unroll
-            for (int i = 0; i < K; ++i) {
-                const int y = begin + i - R;
-                if (y >= height + R) break;
-                const int shown = source<true>(y, height);
-                const T* query_row = image.row(0, shown);
-                const T* key_row = image.row(1, shown);
-                keys[i] = queries[i] = 0;
-#pragma unroll
-                for (int j = 0; j < K; ++j) {
-                    keys[i] += widen(key_row[columns[1][j]]) - key0;
-                    queries[i] += readers[j] * (widen(query_row[columns[0][j]]) - key0 - centre);
-                }
-                const int own = y - R;  // the row in the middle of the last K
-                if (own < 0) continue;
-                float taps = 0, windows = 0, row_readers = 0, slope = 0;
-                // Far from the borders every row of the last K reads this one once.
-                const bool inside = own > R && own < height - 1 - R;
-#pragma unroll
-                for (int k = 0; k < K; ++k) taps += keys[k];
-                if (inside) {
-                    row_readers = K;
-#pragma unroll
-                    for (int k = 0; k < K; ++k) windows += queries[k];
-                } else
-#pragma unroll
-                    for (int k = 0; k < K; ++k) {
-                        // Line k is the latest one up to i, and one of the round before behind it.
-                        const int line = begin + k - R - (k > i ? K : 0);
-                        const float reader = readings(line, own, height, R);
-                        windows += reader * queries[k];
-                        row_readers += reader;
-                    }
-#pragma unroll
-                for (int a = 0; a < IMAGES<true>; ++a) {
-                    int shown_y;
-                    if (a > 0 && inside) break;
-                    if (!::image<true>(own, height, R, a, shown_y)) continue;
-                    const F* line = slope_key + (shown_y + R) * padded_width * channels;
-#pragma unroll
-                    for (int b = 0; b < IMAGES<true>; ++b)
-                        if (shown_x[b] >= 0) slope += line[shown_x[b] * channels];
-                }
-                const float own_query = widen(image.row(0, own)[columns[0][R]]) - key0 - centre;
-                const float own_key = widen(image.row(1, own)[columns[1][R]]) - key0;
-                const float count = row_readers * all_readers;
-                const float of_query =
-                    factor * (slope_query[(own * width + x) * channels] - K * K * constant -
-                              linear * (K * K * own_query - taps));
-                const float of_key =
-                    factor * (slope + count * constant + linear * (windows - count * own_key));
-                store_query[own * to.query_row] = narrow<O>(of_query);
-                store_key[own * to.key_row] = narrow<O>(of_key);
+            for (int i = 0; i < K; ++i, row += sums.pitch) {
+                taps += row[0];
+                windows += row[sums.apart];
             }
+        else
+#pragma unroll 1
+            for (int i = 0; i < K; ++i) {
+                const float reader = readings(y + i - R, y, height, R);
+                row = sums.first + (source<true>(y + i - R, height) - sums.begin) * sums.pitch;
+                taps += row[0];
+                windows += reader * row[sums.apart];
+                readers += reader;
+            }
+        if (inside) readers = K;
+    }
+};
+
+// Writes the gradients of query and key in column x, every `step`-th row from `first` to `end`.
+template <int K, typename T, typename F, typename O>
+__device__ inline void close_column(const Column<T, F, O>& own, const RowSums& sums, int x,
+                                    float readers, int first, int end, int step, int height,
+                                    int width) {
+    const float key0 = widen(*own.planes[1]), factor = own.constants[0];
+    const float constant = own.constants[1] * own.repeated, linear = own.constants[2] * own.repeated;
+    O* const to_query = own.grads[0] + x * own.to_column[0];
+    O* const to_key = own.grads[1] + x * own.to_column[1];
+#pragma unroll 1
+    for (int y = first; y < end; y += step) {
+        WindowSums found;
+        found.add(sums, y, height, Number<K>());
+        const auto value = [&](int which) {
+            const T* row = own.planes[which] + y * own.strides[which].h;
+            return own.value(which, row, x * static_cast<int>(own.strides[which].w), key0);
+        };
+        const int at = (y * width + x) * own.pitch;
+        const float count = found.readers * readers;
+        const float of_query = factor * (own.slopes[0][at] - K * K * constant -
+                                         linear * (K * K * value(0) - found.taps));
+        const float of_key = factor * (own.slopes[1][at] + count * constant +
+                                       linear * (found.windows - count * value(1)));
+        to_query[y * own.to_row[0]] = narrow<O>(of_query);
+        to_key[y * own.to_row[1]] = narrow<O>(of_key);
     }
 }
 
 // Writes the gradients of query and key; those of the positions, as queries and as keys, go to
-// `grad_positions`, (2, 2, H * W). Slopes of images have `channels` for every pixel, those of the
-// positions, which are summed over images, two.
+// `grad_positions`, (2, 2, H * W). Slopes of images have `size` for every pixel, those of the
+// positions, which are summed over images, two. Windows are summed along rows, then along columns.
 template <typename T, int K>
 __global__ void __launch_bounds__(THREADS)
     pairwise_close(const T* query, Strides sq, const T* key, Strides sk, const T* position, Strides sp,
                    const float* slopes_query, const float* slopes_key, const double* positions_query,
                    const double* positions_key, const float* mean, const float* constants,
                    T* grad_query, Strides gq, T* grad_key, Strides gk, float* grad_positions,
-                   int images, int relation, int height, int width, int parts, int channels) {
-    const Image<T> image({{query, key, position}, {sq, sk, sp}}, images, relation, parts);
-    const long long plane = height * width, padded = (height + K - 1) * (width + K - 1);
-    const int channel = image.channel;
-    if (image.positions) {
-        const int of_all = relation + channel;
-        const Columns<float> to = {grad_positions + channel * plane,
-                                   grad_positions + (2 + channel) * plane, 1, width, 1, width};
-        close_columns<K>(image, positions_query + channel, positions_key + channel, 2,
-                         static_cast<float>(images), mean[of_all], constants + of_all * 3, to,
-                         height, width);
+                   int images, int relation, int height, int width, int size, Cut cut) {
+    extern __shared__ double shared[];
+    unsigned rest = blockIdx.x;
+    const int top = cut.down.divide(rest) * cut.rows, left = cut.across.divide(rest) * cut.columns;
+    const int first_channel = cut.pieces.divide(rest) * cut.channels;
+    const long long n = rest, plane = height * width;
+    const bool positions = n == images;
+    const int pitch = cut.channels * cut.columns, thread = threadIdx.x % pitch;
+    const int c = first_channel + thread % cut.channels, x = left + thread / cut.channels;
+    const int first = threadIdx.x / pitch, step = THREADS / pitch;
+    const bool idle = first >= step || c >= (positions ? 2 : relation) || x >= width;
+    const int begin = max(top - K / 2, 0), end = min(top + cut.rows + K / 2, height);
+    const RowSums sums = {reinterpret_cast<float*>(shared) + thread, begin, end, pitch,
+                          (end - begin) * pitch};
+    const auto close = [&](const auto& column) {
+        const float readers = idle ? 0 : sum_rows<K>(column, sums, x, width, first, step);
+        __syncthreads();
+        if (!idle)
+            close_column<K>(column, sums, x, readers, top + first, min(top + cut.rows, height), step,
+                            height, width);
+    };
+    const int channel = idle ? 0 : c;
+    if (positions) {
+        const T* from = position + channel * sp.c;
+        float* to = grad_positions + channel * plane;
+        close(Column<T, double, float>{
+            {from, from}, {sp, sp}, {positions_query + channel, positions_key + channel}, 2,
+            {to, to + 2 * plane}, {1, 1}, {width, width}, mean[relation + channel],
+            constants + (relation + channel) * 3, static_cast<float>(images)});
     } else {
-        const long long n = image.number;
-        const Columns<T> to = {grad_query + n * gq.n + channel * gq.c,
-                               grad_key + n * gk.n + channel * gk.c, gq.w, gq.h, gk.w, gk.h};
-        close_columns<K>(image, slopes_query + n * plane * channels + channel,
-                         slopes_key + n * padded * channels + channel, channels, 1.0f, mean[channel],
-                         constants + channel * 3, to, height, width);
+        const long long slopes = n * plane * size + channel;
+        close(Column<T, float, T>{
+            {query + n * sq.n + channel * sq.c, key + n * sk.n + channel * sk.c}, {sq, sk},
+            {slopes_query + slopes, slopes_key + slopes}, size,
+            {grad_query + n * gq.n + channel * gq.c, grad_key + n * gk.n + channel * gk.c},
+            {gq.w, gk.w}, {gq.h, gk.h}, mean[channel], constants + channel * 3, 1});
     }
 }

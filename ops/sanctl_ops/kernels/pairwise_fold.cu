@@ -8,7 +8,7 @@ struct Moments {
 };
 
 template <typename T, int K>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 3)
     pairwise_moments(const T* query, Strides sq, const T* key, Strides sk, const T* position,
                      Strides sp, double* moments, int images, int relation, int height, int width,
                      int parts) {
@@ -24,23 +24,35 @@ __global__ void __launch_bounds__(THREADS)
         for (int j = 0; j < K; ++j) columns[j] = image.column(1, source<true>(x + j - R, width));
         const int own_column = image.column(0, x);
         float sums[K] = {}, squares[K] = {}, sum = 0, square = 0, keys = 0;
+        T next[K], next_centre;
+        // Reads a row of taps, and the query whose last row that is, ahead of their use.
+        const auto fetch = [&](int y) {
+            if (y >= height + R) return;
+            const T* row = image.row(1, source<true>(y, height));
+#pragma unroll
+            for (int j = 0; j < K; ++j) next[j] = row[columns[j]];
+            next_centre = image.row(0, max(y - R, 0))[own_column];
+        };
+        fetch(-R);
 #pragma unroll 1
         for (int begin = 0; begin < height + 2 * R; begin += K)
 #pragma unroll
             for (int i = 0; i < K; ++i) {
                 const int y = begin + i - R;
                 if (y >= height + R) break;
-                const T* row = image.row(1, source<true>(y, height));
+                float values[K];
+#pragma unroll
+                for (int j = 0; j < K; ++j) values[j] = widen(next[j]) - key0;
+                const float centre = widen(next_centre) - query0;
+                fetch(y + 1);
                 sums[i] = squares[i] = 0;
 #pragma unroll
                 for (int j = 0; j < K; ++j) {
-                    const float value = widen(row[columns[j]]) - key0;
-                    sums[i] += value;
-                    squares[i] += value * value;
-                    if (j == R && y >= 0 && y < height) keys += value;
+                    sums[i] += values[j];
+                    squares[i] += values[j] * values[j];
                 }
+                if (y >= 0 && y < height) keys += values[R];
                 if (y < R) continue;
-                const float centre = widen(image.row(0, y - R)[own_column]) - query0;
                 float taps = 0, tap_squares = 0;
 #pragma unroll
                 for (int k = 0; k < K; ++k) {
@@ -114,41 +126,63 @@ __global__ void __launch_bounds__(THREADS)
         }
 }
 
-// Writes the folded planes of query and key; a thread takes 8 channels of a pixel. Each image's
-// channels are centred by the mean of the key, which cancels in differences.
+// Reads up to 8 neighbouring channels, of which `count` exist; in `rows` by one instruction.
+template <typename T>
+__device__ inline void load_channels(const T* from, long long step, int count, bool rows,
+                                     float (&values)[8]) {
+    if (rows) return load<8>(from, values);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) values[e] = e < count ? widen(from[e * step]) : 0;
+}
+
+// Writes the folded planes of query and key; a block takes a part of an image, and a thread always the
+// same 8 channels. Each image's channels are centred by the mean of the key, which cancels in
+// differences. In `rows`, 8 channels of a pixel are neighbours in memory, aligned.
 template <typename T, int REL>
 __global__ void __launch_bounds__(THREADS)
     pairwise_fold_relation(const T* query, Strides sq, const T* key, Strides sk, const T* position,
                            Strides sp, const double* moments, const float* constants, Half* folded_query,
-                           Half* folded_key, Divisor width, Divisor height, int images, int relation,
-                           int parts) {
-    constexpr int PIECES = CHUNKS<REL>;
-    const unsigned number = blockIdx.x * static_cast<unsigned>(THREADS) + threadIdx.x;
-    const int piece = number % PIECES;
-    unsigned rest = number / PIECES;
-    const int x = width.divide(rest), y = height.divide(rest), n = rest;
-    if (n >= images) return;
-    const int base = REL > 0 ? REL : relation;
-    const int plane = static_cast<int>(width.divisor * height.divisor);
-    float values[2][8] = {};
+                           Half* folded_key, Divisor width, int plane, int relation, int parts,
+                           int shares, int rows) {
+    constexpr int PIECES = CHUNKS<REL>, AT_ONCE = THREADS / PIECES;
+    const int slot = threadIdx.x % PIECES * 8, base = REL > 0 ? REL : relation;
+    const int share = blockIdx.x % shares;
+    const long long n = blockIdx.x / shares;
+    if (static_cast<int>(threadIdx.x) >= AT_ONCE * PIECES) return;
+    const int count = min(max(relation - slot, 0), 8);  // of the relation's channels
+    float mean[8], scale[8] = {}, shift[8] = {};
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-        const int slot = piece * 8 + e;
-        if (slot < relation && slot < base) {
-            const Moments* of_image = reinterpret_cast<const Moments*>(moments) + (n * relation + slot) * parts;
-            double sum = 0;
-            for (int p = 0; p < parts; ++p) sum += of_image[p].key;
-            const float mean = of_image->first_key + sum / plane;
-            const float scale = constants[slot * 2], shift = constants[slot * 2 + 1];
-            values[0][e] = scale * (widen(query[n * sq.n + slot * sq.c + y * sq.h + x * sq.w]) - mean) + shift;
-            values[1][e] = scale * (widen(key[n * sk.n + slot * sk.c + y * sk.h + x * sk.w]) - mean);
-        } else if (slot == base || slot == base + 1) {
-            const int c = slot - base;
-            values[0][e] = values[1][e] = widen(position[c * sp.c + y * sp.h + x * sp.w]) *
-                                          power_near(constants[(relation + c) * 2]);
-        }
+        if (e >= count) continue;
+        const Moments* of_image =
+            reinterpret_cast<const Moments*>(moments) + (n * relation + slot + e) * parts;
+        double sum = 0;
+        for (int p = 0; p < parts; ++p) sum += of_image[p].key;
+        mean[e] = of_image->first_key + sum / plane;
+        scale[e] = constants[(slot + e) * 2];
+        shift[e] = constants[(slot + e) * 2 + 1];
     }
-    const long long at = static_cast<long long>(number) * 8;
-    store<8>(folded_query + at, values[0]);
-    store<8>(folded_key + at, values[1]);
+    const T* const from_query = query + n * sq.n + slot * sq.c;
+    const T* const from_key = key + n * sk.n + slot * sk.c;
+#pragma unroll 2
+    for (int pixel = share * AT_ONCE + threadIdx.x / PIECES; pixel < plane; pixel += shares * AT_ONCE) {
+        unsigned y = pixel;
+        const int x = width.divide(y);
+        float values[2][8];
+        load_channels(from_query + y * sq.h + x * sq.w, sq.c, count, rows && count == 8, values[0]);
+        load_channels(from_key + y * sk.h + x * sk.w, sk.c, count, rows && count == 8, values[1]);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+            const int c = slot + e - base;  // of the positions
+            if (e < count) {
+                values[0][e] = scale[e] * (values[0][e] - mean[e]) + shift[e];
+                values[1][e] = scale[e] * (values[1][e] - mean[e]);
+            } else if (c == 0 || c == 1)
+                values[0][e] = values[1][e] = widen(position[c * sp.c + y * sp.h + x * sp.w]) *
+                                              power_near(constants[(relation + c) * 2]);
+        }
+        const long long at = ((n * plane + pixel) * PIECES + threadIdx.x % PIECES) * 8;
+        store<8>(folded_query + at, values[0]);
+        store<8>(folded_key + at, values[1]);
+    }
 }

@@ -79,11 +79,11 @@ __device__ inline void sum_gram(const Half* query, const Half* key, const Half* 
     for (int tile = share * tiles; tile < end; ++tile) {
         const Place place(tile, tiling);
         __syncthreads();
-        stage_relation<REL, K, false>(key, staged, place, tiling);
+        stage_relation<REL, K>(key, staged, place, tiling);
 #pragma unroll 1
         for (int first = warp * GROUP; first < pixels; first += warps * GROUP) {
             const Pixel<K, false> row(first + lane % 16, place, tiling);
-            Relation<REL, false, true> relation(query, affine, staged, lane, row, tiling);
+            Relation<REL, true> relation(query, affine, staged, lane, row, tiling);
             unsigned exist[2];
 #pragma unroll
             for (int h = 0; h < 2; ++h) {

@@ -37,7 +37,7 @@ struct PowerSums {
 // weight channels s * 8 on, and fewer slots than 8 repeat themselves among the 8 columns of weights2,
 // whose rows of blocks are slabs.
 template <int REL, int K>
-__global__ void __launch_bounds__(RELATION_THREADS<REL>, RELATION_BLOCKS<REL>)
+__global__ void __launch_bounds__(RELATION_THREADS<REL>, REL == 64 ? 3 : RELATION_BLOCKS<REL>)
     pairwise_logits(const Half* query, const Half* key, const Half* affine, const Half* weights1,
                     const Half* weights2, Half* logits, float* log_sums, Tiling tiling, int slots) {
     constexpr int SIZE = REL + TAIL, HIDDEN_CHUNKS = HIDDEN<REL> / 8;
@@ -48,11 +48,11 @@ __global__ void __launch_bounds__(RELATION_THREADS<REL>, RELATION_BLOCKS<REL>)
     const Place place(blockIdx.x, tiling);
     const Weights1<REL> first_weights(weights1, lane);
     const Blocks<SLABS<REL>, HIDDEN_CHUNKS, (REL <= 32)> second_weights(weights2, lane);
-    stage_relation<REL, K, false>(key, staged, place, tiling);
+    stage_relation<REL, K>(key, staged, place, tiling);
 #pragma unroll 1
     for (int first = threadIdx.x / 32 * GROUP; first < pixels; first += blockDim.x / 32 * GROUP) {
         const Pixel<K, false> row(first + lane % 16, place, tiling);
-        Relation<REL, false, false> relation(query, affine, staged, lane, row, tiling);
+        Relation<REL, false> relation(query, affine, staged, lane, row, tiling);
         int number[2];
         bool mine[2];
 #pragma unroll

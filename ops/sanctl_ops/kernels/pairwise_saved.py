@@ -19,12 +19,15 @@ class Planes:
     position: Tensor
 
     @property
+    def countable(self) -> tuple[Tensor, ...]:
+        """Return them such that 32 bits count the columns."""
+        planes = (self.query, self.key, self.position)
+        return tuple(x if x.stride(3) * x.shape[3] < 2**31 else x.contiguous() for x in planes)
+
+    @property
     def arguments(self) -> tuple[Argument, ...]:
         """Return them with their strides."""
-        planes = (self.query, self.key, self.position)
-        # Columns are counted in 32 bits.
-        close = (x if x.stride(3) * x.shape[3] < 2**31 else x.contiguous() for x in planes)
-        return tuple(a for x in close for a in (x, strides_argument(x)))
+        return tuple(a for x in self.countable for a in (x, strides_argument(x)))
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@
 
 #include "pairwise.cuh"
 
-constexpr unsigned NEVER = 0xfc00fc00;  // two logits of minus infinity
-
 // Where the channels of a slab lie.
 struct Channels {
     int all;    // channels of a pixel
@@ -57,6 +55,51 @@ __device__ inline void stage_values(const T* planes, float scale, Half* to, cons
     });
     __syncthreads();
 }
+
+// Copies as many halves as a pixel has slots, or zeros where there is none.
+__device__ inline void copy_slots(Half* to, const Half* from, int slots, bool exists) {
+    if (slots == 8) copy_or_clear<8>(to, from, exists);
+    else if (slots == 4) copy_or_clear<4>(to, from, exists);
+    else copy_or_clear<2>(to, from, exists);
+}
+
+// The logits of a warp's 16 pixels at one row of taps, 8 slots for each, in shared memory: they are
+// copied while sums go over the row before. Lane l copies for pixel l % 16, every other tap.
+template <int K>
+struct LogitRow {
+    static constexpr int HALVES = K * GROUP * 8;
+    Half* row;  // the warp's
+    int lane;
+
+    // `memory` has HALVES for every warp; what it held of other pixels has been read.
+    __device__ LogitRow(Half* memory) : row(memory + threadIdx.x / 32 * HALVES), lane(threadIdx.x % 32) {}
+
+    // Copies what lies at at(tap) for taps that exist(tap), not waiting for it.
+    template <typename At, typename Exist>
+    __device__ void copy(const Half* logits, int slots, At at, Exist exist) {
+#pragma unroll
+        for (int pair = 0; pair < K; pair += 2) {
+            const int tap = pair + lane / 16;
+            const bool exists = exist(tap);
+            if (tap < K)
+                copy_slots(row + (tap * GROUP + lane % 16) * 8, logits + (exists ? at(tap) : 0), slots,
+                           exists);
+        }
+        end_group();
+    }
+
+    // Reads two slots of pixels l / 4 and l / 4 + 8, after which another row may be copied.
+    __device__ void read(int slot, unsigned (&logits)[K][2]) const {
+        wait_for_groups<0>();
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < K; ++j)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+                logits[j][h] = pair_at(row + (j * GROUP + h * 8 + lane / 4) * 8 + slot);
+        __syncwarp();
+    }
+};
 
 // The two weights of a lane, rounded.
 __device__ inline unsigned weights_of(unsigned logits, const float (&log_sums)[2]) {

@@ -36,6 +36,8 @@ __global__ void __launch_bounds__(256, 2)
     const float scale = value_scale(most_value);
     stage_values<T, BLOCKS, K, false>(value, scale, staged, place, tiling, channels, step, slab);
     const long long slab_number = static_cast<long long>(place.n) * slabs.divisor + slab;
+    const long long before = slab_number * K * K * plane * slots;
+    LogitRow<K> row_of_taps(staged + (tiling.rows + K - 1) * tiling.staged.divisor * PITCH);
 #pragma unroll 1
     for (int first = threadIdx.x / 32 * GROUP; first < pixels; first += blockDim.x / 32 * GROUP) {
         const Pixel<K, false> of_row(first + lane % 16, place, tiling);
@@ -67,16 +69,19 @@ __global__ void __launch_bounds__(256, 2)
 #pragma unroll
             for (int e = 0; e < 2; ++e) delta[h][e] = sum_of_quad<SLOTS>(delta[h][e]);
         }
-        const long long before = slab_number * K * K * plane * slots + own.slot;
-        const Half* taps = logits + before;
-        Half* to = grad_logits + before;
+        const auto copy = [&](int i) {
+            row_of_taps.copy(
+                logits + before, slots,
+                [&](int j) { return ((i * K + j) * plane + of_row.number(tiling)) * slots; },
+                [](int) { return true; });
+        };
+        copy(0);
+        Half* to = grad_logits + before + own.slot;
 #pragma unroll 1
         for (int i = 0; i < K; ++i, row += tiling.staged.divisor * PITCH * 2) {
             unsigned logit[K][2];
-#pragma unroll
-            for (int j = 0; j < K; ++j, taps += plane * slots)
-#pragma unroll
-                for (int h = 0; h < 2; ++h) logit[j][h] = pair_at(taps + number[h] * slots);
+            row_of_taps.read(own.slot, logit);
+            if (i + 1 < K) copy(i + 1);
 #pragma unroll
             for (int j = 0; j < K; ++j, to += plane * slots) {
                 unsigned values[BLOCKS][2];
@@ -116,9 +121,11 @@ __global__ void __launch_bounds__(256, 2)
     const Place place(tile, tiling);
     const Channels own(channels, step, slab, slots, lane);
     const long long slab_number = static_cast<long long>(place.n) * slabs.divisor + slab;
-    // The queries' sums of powers lie behind their slopes.
-    float* staged_sums = reinterpret_cast<float*>(
-        staged + (tiling.rows + K - 1) * tiling.staged.divisor * PITCH);
+    const Half* slab_logits = logits + slab_number * K * K * plane * slots;
+    // Behind the queries' slopes lie rows of logits, behind those the queries' sums of powers.
+    Half* const rows = staged + (tiling.rows + K - 1) * tiling.staged.divisor * PITCH;
+    LogitRow<K> row_of_taps(rows);
+    float* staged_sums = reinterpret_cast<float*>(rows + blockDim.x / 32 * LogitRow<K>::HALVES);
     visit_staged<K, true>(place, tiling, threadIdx.x, blockDim.x, [&](int at, int number, bool exists) {
         for (int s = 0; s < slots; s += 2)
             copy_or_clear<2>(staged_sums + at * slots + s,
@@ -133,27 +140,26 @@ __global__ void __launch_bounds__(256, 2)
         const Pixel<K, true> pixel[2] = {{first + lane / 4u, place, tiling},
                                          {first + 8 + lane / 4u, place, tiling}};
         const float* sums_of[2];
-        unsigned at[2], columns[2];
-        const Walk<K, true> walk(tiling, slots);
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
+        for (int h = 0; h < 2; ++h)
             sums_of[h] = staged_sums + pixel[h].staged_number(tiling) * slots + own.slot;
-            at[h] = walk.first(pixel[h], tiling, slots);
-            columns[h] = pixel[h].columns_of_queries(tiling);
-        }
+        const KeyWalk<K> walk(tiling, slots);
+        const unsigned at = walk.first(of_row, tiling, slots);
+        const unsigned columns = of_row.columns_of_queries(tiling);
+        // Where there is no query, there is no slope, and the weight does not matter.
+        const auto copy = [&](int i) {
+            const unsigned exist = of_row.row_of_queries(i, tiling) ? columns : 0;
+            row_of_taps.copy(
+                slab_logits, slots, [&](int j) { return at + walk.step(i, j); },
+                [&](int j) { return exist >> j & 1; });
+        };
+        copy(0);
         ValueSums<BLOCKS> sums;
-        const Half* slab_logits = logits + slab_number * K * K * plane * slots + own.slot;
 #pragma unroll 1
         for (int i = 0; i < K; ++i, row += tiling.staged.divisor * PITCH * 2) {
             unsigned logit[K][2];
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const unsigned exist = pixel[h].row_of_queries(i, tiling) ? columns[h] : 0;
-#pragma unroll
-                for (int j = 0; j < K; ++j)
-                    logit[j][h] =
-                        exist >> j & 1 ? pair_at(slab_logits + (at[h] + walk.step(i, j))) : NEVER;
-            }
+            row_of_taps.read(own.slot, logit);
+            if (i + 1 < K) copy(i + 1);
             sums.begin_row();
 #pragma unroll
             for (int j = 0; j < K; ++j) {

@@ -1,5 +1,7 @@
 """How the kernels of pairwise attention cut planes into tiles (pairwise.cuh)."""
 
+import itertools
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -17,11 +19,20 @@ TILING = np.dtype(
 )
 
 GROUP = 16  # pixels of a warp, as in pairwise.cuh
-# Warps of a block, at most; those of a walk over relations of more than 16 channels; and products
-# that tensor cores add up before a sum is written.
+# Warps of a block, at most, and groups of pixels that each takes; warps where relations have more
+# than 16 channels; and products that tensor cores add up before a sum is written.
 MOST_WARPS = 8
+MOST_TURNS = 2
 MANY_CHANNELS_WARPS = 4
 MOST_PRODUCTS = 256
+# Columns of a tile where groups of pixels take whole rows of it.
+GROUP_COLUMNS = (16, 8, 4)
+# As PARTS in pairwise_relation_gradient.cu, and what a block of it may take of shared memory where
+# registers leave room for more than two.
+GRADIENT_PARTS = {128: 2}
+GRADIENT_BYTES = {32: 72 * 1024}
+# What staging a pixel takes, in taps of one.
+STAGING = 5
 # Shares that sums over all pixels are dealt out to, at least, where there are tiles enough.
 SHARES = 1024
 
@@ -33,6 +44,7 @@ class Tiles:
     Attributes:
         rows, columns: of a tile.
         down, across: tiles of an image.
+        staged: columns of a tile and of what its windows reach.
         warps: of a block.
         shared_bytes: what a block stages: of a tile's pixels, and of those that its windows reach.
         argument: struct Tiling.
@@ -42,6 +54,7 @@ class Tiles:
     columns: int
     down: int
     across: int
+    staged: int
     warps: int
     shared_bytes: int
     argument: np.ndarray
@@ -59,9 +72,14 @@ def tiles_of_share(layout: Layout, cut: Tiles) -> int:
     return max(1, min(most, layout.images * cut.of_image // SHARES))
 
 
-def relation_walk(layout: Layout, keys: bool = False) -> Tiles:
-    """Return the tiles of a walk over the relations of queries or of padded keys."""
-    return _known(_relation_walk(layout, keys))
+def relation_walk(layout: Layout) -> Tiles:
+    """Return the tiles of a walk over relations."""
+    return _known(_relation_walk(layout))
+
+
+def gradient_walk(layout: Layout) -> Tiles:
+    """Return the tiles of a walk over relations that adds up gradients of keys."""
+    return _known(_gradient_walk(layout))
 
 
 def value_walk(layout: Layout) -> Tiles:
@@ -81,7 +99,7 @@ def obstacle(dtype: torch.dtype, layout: Layout) -> str | None:
     reason = layout.obstacle()
     if reason is not None:
         return reason
-    relations = (_relation_walk(layout, keys) for keys in (False, True))
+    relations = _relation_walk(layout), _gradient_walk(layout)
     if None in (*relations, _value_walk(layout), _slope_walk(layout)):
         return f"windows of {layout.kernel_size} pixels do not fit shared memory"
     return None
@@ -92,18 +110,41 @@ def _known(cut: Tiles | None) -> Tiles:
     return cut
 
 
-def _relation_walk(layout: Layout, keys: bool) -> Tiles | None:
-    most_warps = MANY_CHANNELS_WARPS if layout.rel > 16 else MOST_WARPS
-    return _tiles(_one_image(layout), keys, most_warps, 2 * layout.size)
+def _relation_walk(layout: Layout) -> Tiles | None:
+    return _tiles(_one_image(layout), *_warps_and_turns(layout), 2 * layout.size)
+
+
+def _warps_and_turns(layout: Layout) -> tuple[int, int]:
+    """Return the warps of a block that walks over relations, and their turns, at most.
+
+    Small blocks fill what many channels take of registers leaves room for.
+    """
+    return (MANY_CHANNELS_WARPS, 1) if layout.rel > 16 else (MOST_WARPS, MOST_TURNS)
+
+
+def _gradient_walk(layout: Layout) -> Tiles | None:
+    chunks = -(-layout.size // (8 * GRADIENT_PARTS.get(layout.rel, 1)))
+    most_bytes = GRADIENT_BYTES.get(layout.rel, MOST_SHARED_BYTES)
+    # A pixel's key, and the float sums of a part of its channels.
+    bytes_of_pixel = 2 * layout.size + 32 * chunks
+    sizes = (*_warps_and_turns(layout), bytes_of_pixel)
+    return _tiles(_one_image(layout), *sizes, whole_rows=True, most_bytes=most_bytes)
 
 
 def _value_walk(layout: Layout) -> Tiles | None:
-    return _tiles(_one_image(layout), False, MOST_WARPS, 2 * (8 * layout.blocks + 8))
+    return _sums_walk(layout, 0, keys=False)
 
 
 def _slope_walk(layout: Layout) -> Tiles | None:
-    bytes_of_pixel = 2 * (8 * layout.blocks + 8) + 4 * layout.slots
-    return _tiles(_one_image(layout), True, MOST_WARPS, bytes_of_pixel)
+    return _sums_walk(layout, 4 * layout.slots, keys=True)
+
+
+def _sums_walk(layout: Layout, more_bytes: int, *, keys: bool) -> Tiles | None:
+    """Return the tiles of a walk that stages values or slopes, and rows of logits."""
+    bytes_of_pixel = 2 * (8 * layout.blocks + 8) + more_bytes
+    bytes_of_warp = layout.kernel_size * GROUP * 16
+    sizes = (MOST_WARPS, MOST_TURNS, bytes_of_pixel)
+    return _tiles(_one_image(layout), *sizes, bytes_of_warp=bytes_of_warp, keys=keys)
 
 
 def _one_image(layout: Layout) -> Layout:
@@ -112,34 +153,56 @@ def _one_image(layout: Layout) -> Layout:
 
 
 @cache
-def _tiles(layout: Layout, keys: bool, most_warps: int, bytes_of_pixel: int) -> Tiles | None:
-    """Cut a walk over queries or padded keys into tiles that fit shared memory.
+def _tiles(
+    layout: Layout,
+    most_warps: int,
+    most_turns: int,
+    bytes_of_pixel: int,
+    *,
+    bytes_of_warp: int = 0,
+    keys: bool = False,
+    whole_rows: bool = False,
+    most_bytes: int = MOST_SHARED_BYTES,
+) -> Tiles | None:
+    """Cut a walk over planes into tiles.
 
     Args:
         layout: the layer.
-        keys: whether the walk is over padded keys.
         most_warps: of a block.
+        most_turns: groups of pixels that a warp takes.
         bytes_of_pixel: what is staged of a pixel.
+        bytes_of_warp: what a warp needs besides.
+        keys: whether the walk is over padded keys, else over queries.
+        whole_rows: whether groups of pixels take whole rows of a tile.
+        most_bytes: of shared memory.
 
     Returns:
-        Tiles of at most MOST_WARPS groups of pixels, or None if not even one row fits.
+        Of the tiles that fit those that take the least work; None if none fit.
     """
-    more = layout.kernel_size - 1
+    more, best, least = layout.kernel_size - 1, None, math.inf
     height, width = layout.padded if keys else (layout.height, layout.width)
-    most_pixels = MOST_WARPS * GROUP
-    for across in range(-(-width // most_pixels), width + 1):
-        columns = -(-width // across)
-        rows = min(height, most_pixels // columns)
-        while rows > 1 and (rows + more) * (columns + more) * bytes_of_pixel > MOST_SHARED_BYTES:
-            rows -= 1
+    every_width = (-(-width // across) for across in range(1, width + 1))
+    for columns, turns in itertools.product(
+        GROUP_COLUMNS if whole_rows else dict.fromkeys(every_width), range(1, most_turns + 1)
+    ):
+        across = -(-width // columns)
+        staged = min(columns, width) + more if across == 1 else columns + more
+        for_pixels = most_bytes - most_warps * bytes_of_warp
+        fitting = for_pixels // (staged * bytes_of_pixel) - more
+        rows = min(height, most_warps * turns * GROUP // columns, fitting)
+        if rows < 1:
+            continue
         down = -(-height // rows)
         rows = -(-height // down)
-        shared_bytes = (rows + more) * (columns + more) * bytes_of_pixel
-        if shared_bytes <= MOST_SHARED_BYTES:
-            fields = (divisor(across), divisor(down), divisor(columns), divisor(columns + more))
-            sides = (rows, layout.height, layout.width)
-            argument = structure((*fields, *sides), TILING)
-            groups = -(-rows * columns // GROUP)
-            warps = -(-groups // -(-groups // most_warps))
-            return Tiles(rows, columns, down, across, warps, shared_bytes, argument)
-    return None
+        groups = -(-rows * columns // GROUP)
+        warps = -(-groups // -(-groups // most_warps))
+        pixels = (rows + more) * staged
+        work = warps * -(-groups // warps) * GROUP * layout.taps + STAGING * pixels
+        if down * across * work < least:
+            least = down * across * work
+            fields = (divisor(across), divisor(down), divisor(columns), divisor(staged))
+            argument = structure((*fields, rows, layout.height, layout.width), TILING)
+            sizes = (rows, columns, down, across, staged, warps)
+            shared_bytes = pixels * bytes_of_pixel + warps * bytes_of_warp
+            best = Tiles(*sizes, shared_bytes, argument)
+    return best

@@ -11,6 +11,10 @@ constexpr int ROWS = REL == 32 || REL == 64 ? 2 : 1;
 template <int REL>
 constexpr int PARTS = (HIDDEN<REL> + 15) / 16 / ROWS<REL>;
 
+// Taps whose slopes are read ahead of their use, as many as there are registers for.
+template <int REL, int K>
+constexpr int AHEAD = REL <= 16 ? K : REL <= 64 ? 2 : 1;
+
 // Adds (two rows of blocks of weights) * (transposed blocks of 8 pixels, COUNT of them).
 template <int COUNT, int WIDE, int N>
 __device__ inline void multiply_transposed(float (&sums)[4], const unsigned (&upper)[WIDE],
@@ -51,6 +55,7 @@ __global__ void __launch_bounds__(RELATION_THREADS<REL>, RELATION_BLOCKS<REL>)
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int plane = tiling.height * tiling.width;
     const int pixels = tiling.rows * tiling.columns.divisor;
+    const unsigned of_tap = plane * slots;
     const int share = blockIdx.x / PARTS<REL>, part = blockIdx.x % PARTS<REL>;
     using FirstWeights = Blocks<ROWS<REL> * 2, CHUNKS<REL>, (REL <= 32)>;
     using SecondWeights = Blocks<ROWS<REL> * 2, SLABS<REL>, (REL <= 64)>;
@@ -62,47 +67,32 @@ __global__ void __launch_bounds__(RELATION_THREADS<REL>, RELATION_BLOCKS<REL>)
     for (int tile = share * tiles; tile < end; ++tile) {
         const Place place(tile, tiling);
         __syncthreads();
-        stage_relation<REL, K, false>(key, staged, place, tiling);
+        stage_relation<REL, K>(key, staged, place, tiling);
 #pragma unroll 1
         for (int first = warp * GROUP; first < pixels; first += warps * GROUP) {
             const Pixel<K, false> row(first + lane % 16, place, tiling);
-            Relation<REL, false, false> relation(query, affine, staged, lane, row, tiling);
-            int number[2];
-            bool mine[2];
+            Relation<REL, false> relation(query, affine, staged, lane, row, tiling);
+            unsigned number[2];
+            bool exists[2];
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const Pixel<K, false> pixel(first + h * 8 + lane / 4, place, tiling);
                 number[h] = pixel.number(tiling);
-                mine[h] = pixel.exists && lane % 4 * 2 < slots;
+                exists[h] = pixel.exists;
                 relation.take_centre(
                     h, query + (place.n * static_cast<long long>(plane) + number[h]) * SIZE, lane);
             }
-            const Half* tap = grad_logits +
-                              static_cast<long long>(place.n) * SLABS<REL> * K * K * plane * slots +
-                              lane % 4 * 2;
-            const unsigned slab = K * K * plane * slots;
-            unsigned next[SLABS<REL>][2];
-            // Reads a tap's slopes ahead of their use.
-            const auto fetch = [&](bool exists) {
-#pragma unroll
-                for (int s = 0; s < SLABS<REL>; ++s)
-#pragma unroll
-                    for (int h = 0; h < 2; ++h)
-                        next[s][h] =
-                            mine[h] && exists ? pair_at(tap + (s * slab + number[h] * slots)) : 0;
-                tap += plane * slots;
-            };
-            fetch(true);
+            const Half* image =
+                grad_logits + static_cast<long long>(place.n) * SLABS<REL> * K * K * of_tap;
+            Slopes<SLABS<REL>, K, AHEAD<REL, K>> ahead(image, number, exists, of_tap, slots, lane);
 #pragma unroll 1
             for (int i = 0; i < K; ++i)
 #pragma unroll(REL <= 16 ? K : 1)
                 for (int j = 0; j < K; ++j) {
-                    unsigned slopes[SLABS<REL>][2], z[CHUNKS<REL>][2];
-#pragma unroll
-                    for (int s = 0; s < SLABS<REL>; ++s)
-#pragma unroll
-                        for (int h = 0; h < 2; ++h) slopes[s][h] = next[s][h];
-                    fetch(i + 1 < K || j + 1 < K);
+                    unsigned tap[1][SLABS<REL>][2], z[CHUNKS<REL>][2];
+                    ahead.take(tap);
+                    ahead.template read_ahead<1>(i, j);
+                    const auto& slopes = tap[0];
                     relation.compute((i * tiling.staged.divisor + j) * SIZE * 2, z);
                     Hidden hidden[ROWS<REL>];
 #pragma unroll

@@ -286,11 +286,13 @@ __device__ inline unsigned where_positive(unsigned values, unsigned pair) {
     return mask & pair;
 }
 
-// Adds to two sums where `values` are positive.
+// Adds to two sums, and to two others, where `values` are positive.
 __device__ inline void add_where_positive(unsigned values, float first, float second,
-                                          float& first_sum, float& second_sum) {
-    asm("{.reg .pred p, q; setp.gt.f16x2 p|q, %2, %3; @p add.f32 %0, %0, %4; @q add.f32 %1, %1, %5;}"
-        : "+f"(first_sum), "+f"(second_sum)
+                                          float& first_sum, float& second_sum, float& first_other,
+                                          float& second_other) {
+    asm("{.reg .pred p, q; setp.gt.f16x2 p|q, %4, %5; @p add.f32 %0, %0, %6; @q add.f32 %1, %1, %7;"
+        "@p add.f32 %2, %2, %6; @q add.f32 %3, %3, %7;}"
+        : "+f"(first_sum), "+f"(second_sum), "+f"(first_other), "+f"(second_other)
         : "r"(values), "r"(0), "f"(first), "f"(second));
 }
 

@@ -238,9 +238,15 @@ inline unsigned where_positive(unsigned values, unsigned pair) {
 }
 
 inline void add_where_positive(unsigned values, float first, float second, float& first_sum,
-                               float& second_sum) {
-    if (first_of(values) > 0) first_sum += first;
-    if (second_of(values) > 0) second_sum += second;
+                               float& second_sum, float& first_other, float& second_other) {
+    if (first_of(values) > 0) {
+        first_sum += first;
+        first_other += first;
+    }
+    if (second_of(values) > 0) {
+        second_sum += second;
+        second_other += second;
+    }
 }
 
 inline float power_of_two(float x) { return std::exp2(x); }
