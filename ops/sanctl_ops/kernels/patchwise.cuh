@@ -121,11 +121,11 @@ __device__ inline unsigned pack_halves(float first, float second) {
     return pack<Half>(within_halves(first), within_halves(second));
 }
 
-// Channels `first` to `first + 7` of a pixel with `count` of them; zeros beyond.
+// Channels `first` to `first + 7` of a pixel with `count` of them; zeros beyond, where anything may lie.
 template <typename T>
 __device__ inline void load_channels(const T* pixel, int first, int count, int vector,
                                      float (&values)[8]) {
-    if (vector == 8) return load<8>(pixel + first, values);
+    if (vector == 8 && first < count) return load<8>(pixel + first, values);
 #pragma unroll
     for (int e = 0; e < 8; ++e) values[e] = first + e < count ? widen(pixel[first + e]) : 0.0f;
 }
