@@ -89,12 +89,11 @@ def hidden_values(
     first = fold_first(sizes, weight)
     tiling = plan.tiling(sizes, plan.bytes_of_hidden)
     assert tiling is not None
-    together = 1 if sizes.hidden_tiles == plan.CHANNELS else 2
     launch(
         kernel("patchwise_hidden.cu", "patchwise_hidden", key.dtype, *template(sizes)),
         key.device,
         sizes.images * tiling.down * tiling.across,
-        -(-tiling.products // together) * WARP,
+        warps_together(sizes, tiling.products) * WARP,
         (
             query,
             key,
@@ -189,6 +188,12 @@ def attend(sizes: Sizes, value: Tensor, rectified: Tensor, layer: Parameters) ->
 def warps_for(products: int) -> int:
     """Return warps of a block, at most 8, that have like many products each."""
     return plan.shares_of(products, THREADS // WARP)
+
+
+def warps_together(sizes: Sizes, products: int) -> int:
+    """Return warps of a block that make all products at once, TOGETHER in the sources for each."""
+    together = 1 if sizes.hidden_tiles == plan.CHANNELS else 2
+    return -(-products // together)
 
 
 def forward(

@@ -15,6 +15,7 @@ from sanctl_ops.kernels.patchwise import (
     rows_of_sums,
     template,
     warps_for,
+    warps_together,
 )
 from sanctl_ops.kernels.patchwise_fold import (
     THREADS,
@@ -55,12 +56,11 @@ def slopes(
     rows = 1 if parts == 1 else parts // 2 + 1
     sums = torch.empty(parts * sizes.taps * rows * 128, dtype=torch.float64, device=grad.device)
     partials = floats(grad, blocks * sums.numel())
-    together = 1 if parts == plan.CHANNELS else 2
     launch(
         kernel("patchwise_slopes.cu", "patchwise_slopes", grad.dtype, *template(sizes)),
         grad.device,
         blocks * parts,
-        -(-tiling.paired.products // together) * WARP,
+        warps_together(sizes, tiling.paired.products) * WARP,
         (
             grad,
             value,
@@ -212,15 +212,7 @@ def image_gradients(
     tiling = plan.tiling(sizes, plan.bytes_of_relation_gradient)
     assert tiling is not None
     out_query, out = (plan.channels_last_like(x) for x in (query, key))
-    at_once = sizes.relation_at_once
-    parts = 2 * sizes.relation_tiles // at_once
-    shared_bytes = plan.bytes_of_relation_gradient(sizes, tiling)
-    blocks = plan.shares_of(
-        sizes.images * tiling.down * tiling.across,
-        -(-plan.resident_blocks(key.device, shared_bytes) // parts),
-    )
-    pitch = tiling.halo * at_once * 8
-    mirrors = floats(key, blocks * parts * pitch)
+    parts = 2 * sizes.relation_tiles // sizes.relation_at_once
     launch(
         kernel(
             "patchwise_relation_gradient.cu",
@@ -228,24 +220,21 @@ def image_gradients(
             *(key.dtype, *template(sizes)),
         ),
         key.device,
-        blocks * parts,
-        warps_for(tiling.products) * WARP,
+        sizes.images * tiling.down * tiling.across * parts,
+        warps_together(sizes, tiling.products) * WARP,
         (
             query,
             key,
             *factors,
             *gradient,
             taken,
-            mirrors,
             out_query,
             out,
             plan.shape_argument(sizes, tiling, query=query, key=key),
             parts,
-            blocks,
-            pitch,
             int(by_batch),
         ),
-        shared_bytes,
+        plan.bytes_of_relation_gradient(sizes, tiling),
     )
     return out_query, out
 

@@ -76,7 +76,7 @@ class Sizes:
     @property
     def relation_at_once(self) -> int:
         """AT_ONCE in patchwise_relation_gradient.cu: 8 relation channels each."""
-        return min(2 * self.hidden_tiles, 8)
+        return min(2 * self.hidden_tiles, 4)
 
     @property
     def hidden_tiles(self) -> int:
@@ -152,7 +152,10 @@ def bytes_of_value_gradient(sizes: Sizes, tiling: Tiling) -> int:
 
 def bytes_of_relation_gradient(sizes: Sizes, tiling: Tiling) -> int:
     """Return the shared memory of patchwise_relation_gradient."""
-    return tiling.halo * sizes.hidden_pitch * 2
+    # As in patchwise_folded.cuh.
+    beside = tiling.radius * (tiling.radius + 1) // 2 + 1
+    staged = (tiling.rows + 2 * beside) * (tiling.columns + 2 * beside)
+    return staged * sizes.hidden_pitch * 2
 
 
 def bytes_of_weight_gradient(sizes: Sizes, tiling: Tiling) -> int:

@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(JOINING)
     if (thread > 0) return;
     for (int c = 1; c < channels; ++c) bound = max(bound, shared[c]);
     float scale, inverse;
-    scale_of<15>(bound, scale, inverse);
+    scale_of<13>(bound, scale, inverse);
     scales[0] = scale;
     scales[1] = inverse;
 }
