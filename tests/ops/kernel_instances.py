@@ -148,7 +148,7 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
         "patchwise_moments": FLOAT,
         "patchwise_join_moments": FLOAT,
         "patchwise_rectify": FLOAT,
-        "patchwise_slopes_of_hidden": FLOAT,
+        "patchwise_slopes_of_hidden": [(torch.float32, tiles) for tiles in HIDDEN_TILES],
         "patchwise_join_slopes": FLOAT,
         "patchwise_gradient_of_hidden": FLOAT,
     },

@@ -166,6 +166,7 @@ __device__ inline void stage_relation(Half* to, int pitch, const T* image, int i
     const int step = blockDim.x / chunks, chunk = threadIdx.x % chunks * 8;
     const EightUnits own(units, first + chunk);
     if (threadIdx.x >= step * chunks) return;
+#pragma unroll 4
     for (Walk at(threadIdx.x / chunks, step, columns); at.row < rows; at.next()) {
         const int y = source<true>(top + at.row, shape.height);
         const int x = source<true>(left + at.column, shape.width);
@@ -181,6 +182,7 @@ __device__ inline void stage_relation(Half* to, int pitch, const T* image, int i
 __device__ inline void stage_halves(Half* to, int pitch, const Half* image, int width,
                                     const Shape& shape, const Tile& tile, int halo) {
     const int columns = tile.filled + 2 * halo, rows = tile.rows + 2 * halo, chunks = width / 8;
+#pragma unroll 4
     for (int i = threadIdx.x; i < rows * columns * chunks; i += blockDim.x) {
         const int place = i / chunks, chunk = i % chunks * 8;
         const int y = source<false>(tile.top - halo + place / columns, shape.height);

@@ -149,10 +149,11 @@ def rectified(sizes: Sizes, hidden: Tensor, norm: Known) -> Tensor:
     pixels, width = sizes.images * sizes.pixels, sizes.hidden_width
     out = hidden.new_empty(pixels * width, dtype=torch.float16)
     pairs = pixels * width // 2
+    blocks = min(blocks_for(pairs), 4 * BLOCKS)
     launch(
         kernel(PLANES, "patchwise_rectify", torch.float32),
         hidden.device,
-        blocks_for(pairs),
+        blocks,
         THREADS,
         (
             hidden,
@@ -161,6 +162,7 @@ def rectified(sizes: Sizes, hidden: Tensor, norm: Known) -> Tensor:
             sizes.hidden,
             width,
             np.uint32(pairs),
+            np.uint32(blocks * THREADS),
         ),
     )
     return out

@@ -32,8 +32,8 @@ from sanctl_ops.kernels.patchwise_fold import (
 from sanctl_ops.kernels.patchwise_plan import Sizes
 from sanctl_ops.kernels.runtime import kernel, launch
 
-# Blocks of patchwise_weight_gradient that run at once on a multiprocessor, about.
-WEIGHT_BLOCKS = 6
+# Blocks of 7 warps of patchwise_weight_gradient that a multiprocessor holds, by hidden tiles.
+RESIDENT = {1: 4, 2: 4, 4: 3, 8: 2}
 
 
 def slopes(
@@ -85,7 +85,7 @@ def hidden_gradient(
     rows, count = rows_of_sums(sizes), hidden.numel()
     partials = torch.empty(rows * 4 * channels, dtype=torch.float64, device=device)
     launch(
-        kernel(PLANES, "patchwise_slopes_of_hidden", torch.float32),
+        kernel(PLANES, "patchwise_slopes_of_hidden", torch.float32, sizes.hidden_tiles),
         device,
         rows,
         THREADS,
@@ -97,7 +97,6 @@ def hidden_gradient(
             norm.variance,
             norm.eps,
             partials,
-            sizes.hidden_tiles,
             channels,
             sizes.hidden_width,
             np.uint32(count),
@@ -162,11 +161,9 @@ def first_sums(
     tiling = plan.tiling(sizes, plan.bytes_of_weight_gradient)
     assert tiling is not None
     size, shape = sizes.kernel_size, plan.shape_argument(sizes, tiling, query=query, key=key)
-    most = plan.resident_blocks(key.device, 0) * WEIGHT_BLOCKS // plan.MOST_RESIDENT
+    most = plan.multiprocessors(key.device) * RESIDENT[parts] * 7 // size
     for image, is_query, rows in ((key, False, size), (query, True, 1)):
-        shares = plan.shares_of(
-            sizes.images * tiling.down * tiling.across, -(-most // (tiles * rows))
-        )
+        shares = plan.shares_of(sizes.images * tiling.down * tiling.across, most // (tiles * rows))
         out = sums[-of_tap:] if is_query else sums[:-of_tap]
         # A warp has a tap, or of the query a share of the pixels, of its own.
         joined = shares * size if is_query else shares

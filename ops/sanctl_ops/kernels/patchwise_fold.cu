@@ -152,20 +152,20 @@ __global__ void __launch_bounds__(THREADS)
 
 // Sums `rows` x `columns` partial sums over the rows, 32 columns a block, in a fixed order.
 template <typename T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(1024)
     patchwise_join(const T* partials, double* sums, int rows, unsigned columns) {
     extern __shared__ double shared[];
     const unsigned column = blockIdx.x * 32 + threadIdx.x % 32;
     double own = 0;
     if (column < columns) {
-#pragma unroll 4
-        for (int row = threadIdx.x / 32; row < rows; row += THREADS / 32)
+#pragma unroll 8
+        for (int row = threadIdx.x / 32; row < rows; row += blockDim.x / 32)
             own += partials[static_cast<long long>(row) * columns + column];
     }
     shared[threadIdx.x] = own;
     __syncthreads();
     if (threadIdx.x >= 32 || column >= columns) return;
-    for (int lane = 1; lane < THREADS / 32; ++lane) own += shared[lane * 32 + threadIdx.x];
+    for (int lane = 1; lane < blockDim.x / 32; ++lane) own += shared[lane * 32 + threadIdx.x];
     sums[column] = own;
 }
 

@@ -266,13 +266,14 @@ def shares_of(tasks: int, most: int) -> int:
 
 def resident_blocks(device: torch.device, shared_bytes: int) -> int:
     """Return about how many blocks with so much shared memory run at once."""
-    return _multiprocessors(device) * max(
+    return multiprocessors(device) * max(
         1, min(MOST_RESIDENT, 2 * MOST_SHARED_BYTES // max(shared_bytes, 1))
     )
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Return how many there are; one where there is no GPU."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -127,6 +127,7 @@ struct Arrays {
 template <int WT>
 __device__ inline void stage_rows(const Arrays<WT>& arrays, const Half* rectified,
                                   const Shape& shape, const Tile& tile) {
+#pragma unroll 4
     for (int i = threadIdx.x; i < arrays.pixels * WT; i += blockDim.x) {
         const int row = i / WT, chunk = i % WT * 8;
         *reinterpret_cast<Vector<unsigned, 4>*>(arrays.hidden + row * HIDDEN_PITCH<WT> + chunk) =
