@@ -66,6 +66,11 @@ struct Tile {
 // neighbours.
 __device__ inline int in_pairs(int row) { return row / 16 * 16 + row % 8 * 2 + row % 16 / 8; }
 
+// Whether windows may read a pixel by reflection.
+__device__ inline bool reflects(int y, int x, const Shape& shape, int radius) {
+    return min(y, shape.height - 1 - y) <= radius || min(x, shape.width - 1 - x) <= radius;
+}
+
 // How often tap number `tap` of a row of K windows reads a pixel, mirrored ones included.
 __device__ inline int readings(int pixel, int side, int tap, int radius) {
     int count = 0;

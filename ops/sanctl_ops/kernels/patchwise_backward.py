@@ -250,8 +250,9 @@ def value_gradient(sizes: Sizes, grad: Tensor, rectified: Tensor, layer: Paramet
         sizes.images * tiling.down * tiling.across,
         -(-plan.resident_blocks(grad.device, shared_bytes) // parts),
     )
-    pitch = tiling.paired.halo * plan.VALUES
-    mirrors = floats(grad, blocks * parts * pitch)
+    # What positions beyond the image get, on its way to the pixels that they mirror.
+    pitch = (tiling.halo - tiling.rows * tiling.columns) * plan.VALUES
+    mirrors = rectified.new_empty(blocks * parts * pitch)
     launch(
         kernel(
             "patchwise_value_gradient.cu",

@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(THREADS)
         if (!tile.exists(i + next)) continue;
         const int y = tile.top + i / tile.filled, x = tile.left + i % tile.filled + next;
 #pragma unroll 1
-        for (int which = 1; which < 9; ++which) {
+        for (int which = reflects(y, x, shape, RADIUS) ? 1 : 9; which < 9; ++which) {
             int row, column;
             if (!image<true>(y, shape.height, RADIUS, which / 3, row) ||
                 !image<true>(x, shape.width, RADIUS, which % 3, column))

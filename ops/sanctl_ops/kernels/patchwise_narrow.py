@@ -14,6 +14,8 @@ SOURCE = "patchwise_narrow.cu"
 RELATION_SOURCE = "patchwise_narrow_relation.cu"
 # A thread has two pixels.
 MOST_ROWS, MOST_COLUMNS = 16, 32
+# Blocks of patchwise_weight_gradient_narrow that a multiprocessor holds.
+RESIDENT = 3
 # What a block keeps beside images, and the halves of a pixel.
 SHARED_FLOATS, STAGED = 96, 16
 # Sums of a tap for the second convolution, and for the first one.
@@ -128,7 +130,7 @@ def first_sums(
     parts = sizes.kernel_size + 1
     blocks = plan.shares_of(
         sizes.images * tiling.down * tiling.across,
-        -(-plan.resident_blocks(key.device, 0) // parts),
+        plan.multiprocessors(key.device) * RESIDENT // parts,
     )
     threads = _threads(tiling)
     rows = blocks * threads // WARP
