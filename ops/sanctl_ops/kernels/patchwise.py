@@ -24,6 +24,8 @@ from sanctl_ops.kernels.runtime import kernel, launch
 
 PLANES, STATISTICS = "patchwise_planes.cu", "patchwise_statistics.cu"
 JOINING = 1024
+# WIDE_THREADS in patchwise_statistics.cu for 3 x 3 taps.
+WIDE_THREADS = 1024
 # Blocks that add up plane-sized tensors.
 BLOCKS = 264
 
@@ -43,6 +45,7 @@ def statistics(sizes: Sizes, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor
     """Return means and variances of the relation's channels in float32."""
     elements = sizes.pixels * sizes.relation
     shares = plan.shares_of(sizes.images, -(-BLOCKS * JOINING // elements))
+    threads = WIDE_THREADS if sizes.kernel_size == 3 else THREADS
     moments = [_image_moments(sizes, image, shares) for image in (query, key)]
     mean, variance = (
         floats(query, sizes.relation * (sizes.taps + 1)),
@@ -52,12 +55,12 @@ def statistics(sizes: Sizes, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor
         kernel(STATISTICS, "patchwise_statistics", query.dtype, sizes.kernel_size),
         query.device,
         sizes.relation * (sizes.kernel_size + 1),
-        THREADS,
+        threads,
         (
             *(query, key, *moments, mean, variance),
             *(sizes.images, sizes.height, sizes.width, sizes.relation, shares),
         ),
-        2 * sizes.kernel_size * THREADS * 8,
+        2 * sizes.kernel_size * threads * 8,
     )
     return mean, variance
 

@@ -211,18 +211,28 @@ __global__ void __launch_bounds__(THREADS)
     const bool narrow = hidden_tiles == 0;
     const double* from =
         sums + (narrow ? tap * 16 : (tap * tiles + channel / 16) * 2 * hidden_tiles * 128);
+    constexpr int BATCH = 4;  // rows that are loaded before any of them is stored
     double product = 0, slope = 0;
-    for (int row = 0; row < hidden; ++row) {
-        const int place = narrow ? channel * 2 + row
-                                 : row / 8 * 128 + (channel % 8 * 4 + row % 8 / 2) * 4 +
-                                       channel % 16 / 8 * 2 + row % 2;
-        const double related = from[place] * scales[1];
-        const double plain = from[(narrow ? 8 : hidden_tiles * 128) + place] * scales[1];
-        const int number = row * relation * (taps + 1) + factors.number;
-        grad_weight[number] =
-            static_cast<float>(factors.scale * related + factors.shift * plain);
-        product += weight[number] * related;
-        slope += weight[number] * plain;
+    for (int first = 0; first < hidden; first += BATCH) {
+        double related[BATCH], plain[BATCH], weights[BATCH];
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) {
+            const int row = min(first + b, hidden - 1);
+            const int place = narrow ? channel * 2 + row
+                                     : row / 8 * 128 + (channel % 8 * 4 + row % 8 / 2) * 4 +
+                                           channel % 16 / 8 * 2 + row % 2;
+            related[b] = from[place] * scales[1];
+            plain[b] = from[(narrow ? 8 : hidden_tiles * 128) + place] * scales[1];
+            weights[b] = weight[row * relation * (taps + 1) + factors.number];
+        }
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) {
+            if (first + b >= hidden) break;
+            grad_weight[(first + b) * relation * (taps + 1) + factors.number] =
+                static_cast<float>(factors.scale * related[b] + factors.shift * plain[b]);
+            product += weights[b] * related[b];
+            slope += weights[b] * plain[b];
+        }
     }
     const double apart = factors.mean - factors.pivot;
     product = factors.deviation * (product / factors.unit - apart * slope);

@@ -5,24 +5,27 @@
 constexpr int THREADS = 256;
 constexpr int JOINING = 1024;  // threads that join the blocks' sums
 
-// Joins `rows` x `columns` values: column t is thread t's.
+// Joins `rows` x `columns` values by join(column, a, b): column t is thread t's.
 template <typename Join>
 __device__ inline double join_rows(const double* values, int rows, int columns, Join join) {
     extern __shared__ double shared[];
     const int lanes = blockDim.x / columns, row = threadIdx.x / columns;
+    const int column = threadIdx.x % columns;
     double own = 0;
     if (row < lanes)
-        for (int r = row; r < rows; r += lanes)
-            own = join(own, values[r * columns + threadIdx.x % columns]);
+#pragma unroll 8
+        for (int r = row; r < rows; r += lanes) own = join(column, own, values[r * columns + column]);
     shared[threadIdx.x] = own;
     __syncthreads();
     double joined = 0;
     if (threadIdx.x < columns)
         for (int lane = 0; lane < lanes; ++lane)
-            joined = join(joined, shared[lane * columns + threadIdx.x]);
+            joined = join(column, joined, shared[lane * columns + column]);
     __syncthreads();
     return joined;
 }
+
+__device__ inline double added(int, double a, double b) { return a + b; }
 
 // What a block's threads hold for N columns of their channel, as the block's row of `partials`: all
 // channels of the first column, then of the second. Thread i of the grid has channel i % channels.
@@ -43,8 +46,6 @@ __device__ inline void write_row(const double (&own)[N], double* partials, int c
     }
 }
 
-__device__ inline double added(double a, double b) { return a + b; }
-
 // Sums and summed squares of the hidden values that a block takes; `step` threads in all, a multiple of
 // the channels.
 template <typename T>
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(THREADS)
         own[0] += x;
         own[1] += x * x;
     }
-    write_row(own, partials, channels, [](int, double a, double b) { return a + b; });
+    write_row(own, partials, channels, added);
 }
 
 // One block joins them to means and biased variances.
@@ -185,13 +186,13 @@ __global__ void __launch_bounds__(JOINING)
                           double eps, T* grad_weight, T* grad_bias, T* factors, T* scales,
                           int channels, int rows, double count) {
     extern __shared__ double shared[];
-    // A column is read as if it were its own table: rows of all four lie behind each other.
-    const double sum = join_rows(partials, rows, 4 * channels, added);
-    const double most =
-        join_rows(partials, rows, 4 * channels, [](double a, double b) { return max(a, b); });
+    // A row holds all channels of the first column, then of the second, and so on.
+    const double joined =
+        join_rows(partials, rows, 4 * channels, [channels](int column, double a, double b) {
+            return column < 2 * channels ? a + b : max(a, b);
+        });
     const int thread = threadIdx.x;
-    __syncthreads();
-    if (thread < 4 * channels) shared[thread] = thread < 2 * channels ? sum : most;
+    if (thread < 4 * channels) shared[thread] = joined;
     __syncthreads();
     double bound = 0;
     if (thread < channels) {
