@@ -182,24 +182,6 @@ __device__ inline void stage_relation(Half* to, int pitch, const T* image, int i
     }
 }
 
-// Stages halves of `width` channels, already as they are wanted, with `halo` pixels of zeros or of the
-// image around; `pitch` elements apart.
-__device__ inline void stage_halves(Half* to, int pitch, const Half* image, int width,
-                                    const Shape& shape, const Tile& tile, int halo) {
-    const int columns = tile.filled + 2 * halo, rows = tile.rows + 2 * halo, chunks = width / 8;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < rows * columns * chunks; i += blockDim.x) {
-        const int place = i / chunks, chunk = i % chunks * 8;
-        const int y = source<false>(tile.top - halo + place / columns, shape.height);
-        const int x = source<false>(tile.left - halo + place % columns, shape.width);
-        Vector<unsigned, 4> values{};
-        if (y >= 0 && x >= 0)
-            values = *reinterpret_cast<const Vector<unsigned, 4>*>(
-                image + static_cast<long long>(y * shape.width + x) * width + chunk);
-        *reinterpret_cast<Vector<unsigned, 4>*>(to + place * pitch + chunk) = values;
-    }
-}
-
 // One row of the first operand of products with hidden channels, 8 * TILES of them, as registers.
 template <int TILES>
 struct Rows {
@@ -209,7 +191,16 @@ struct Rows {
     // From shared memory; `row` is the address of this lane's row (see row_of_lane).
     __device__ void load(unsigned row) {
 #pragma unroll
-        for (int s = 0; s < STEPS; ++s) load_matrices<false>(row + s * 32, at[s]);
+        for (int s = 0; s < STEPS; ++s) {
+            if constexpr (TILES == 1) {
+                unsigned two[2];
+                load_matrices<false>(row, two);
+                at[s][0] = two[0];
+                at[s][1] = two[1];
+            } else {
+                load_matrices<false>(row + s * 32, at[s]);
+            }
+        }
     }
 
     // From global memory: pixels l / 4 and l / 4 + 8 at `first` and `second`.
@@ -242,7 +233,7 @@ template <int TILES>
 constexpr int HIDDEN_PITCH = TILES == 1 ? CHANNELS : TILES * CHANNELS + 8;
 
 // Which of 16 rows, and which 8 of its channels, a lane names to load_matrices for a first operand.
-// One of 8 channels has two matrices only; the other lanes name them again.
+// One of 8 channels has two matrices only, which lanes 0 to 15 name.
 template <int TILES>
 __device__ inline int channel_of_lane(int lane) {
     return TILES == 1 ? 0 : lane / 16 * 8;

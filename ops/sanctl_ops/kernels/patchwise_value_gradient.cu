@@ -5,10 +5,39 @@
 
 constexpr int THREADS = 256;
 
+// Rectified hidden values of a tile and the pixels around, zeros beyond the image. Those at even places
+// come first, then those at odd ones: products take every second place, which then lie in different banks.
+template <int WT>
+struct Hidden {
+    static constexpr int PITCH = HIDDEN_PITCH<WT>;
+    Half* staged;
+    int places;
+
+    __device__ int offset(int place) const {
+        return (place % 2 * (places / 2) + place / 2) * PITCH;
+    }
+
+    __device__ void stage(const Half* image, const Shape& shape, const Tile& tile, int halo) const {
+        const int columns = tile.filled + 2 * halo;
+#pragma unroll 4
+        for (int i = threadIdx.x; i < places * WT; i += blockDim.x) {
+            const int place = i / WT, chunk = i % WT * CHANNELS;
+            const int y = source<false>(tile.top - halo + place / columns, shape.height);
+            const int x = source<false>(tile.left - halo + place % columns, shape.width);
+            Vector<unsigned, 4> values{};
+            if (y >= 0 && x >= 0)
+                values = *reinterpret_cast<const Vector<unsigned, 4>*>(
+                    image + static_cast<long long>(y * shape.width + x) * WT * CHANNELS + chunk);
+            *reinterpret_cast<Vector<unsigned, 4>*>(staged + offset(place) + chunk) = values;
+        }
+    }
+};
+
 // What the products of a block have in common.
 template <int K, int WT>
 struct Gathering {
-    const Half *gradients, *hidden;  // staged
+    const Half* gradients;  // staged
+    Hidden<WT> hidden;
     const Half* second;
     const float* bias;
     int lane;
@@ -22,19 +51,25 @@ struct Gathering {
         const int back = first_dy * region.staged_columns + last_dx;
         int window = region.window(product * PIXELS + lane / 4 * 2) - back;
         const int row = region.window(product * PIXELS + in_pairs(row_of_lane(lane))) - back;
-        unsigned rows =
-            shared_address(hidden + channel_of_lane<WT>(lane) + row * HIDDEN_PITCH<WT>);
+        constexpr int PITCH = HIDDEN_PITCH<WT> * static_cast<int>(sizeof(Half));
+        // From the first place on, and from the next one on, by two places each.
+        unsigned rows[2];
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+            rows[k] = shared_address(hidden.staged + channel_of_lane<WT>(lane) +
+                                     hidden.offset(row + k));
 #pragma unroll 1
         for (int dy = first_dy; dy <= last_dy; ++dy) {
             const int tap = dy * K + last_dx;
             const auto make = [&](int k, float (&weights)[4]) {
                 Rows<WT> of_tap;
-                of_tap.load(rows + k * HIDDEN_PITCH<WT> * static_cast<int>(sizeof(Half)));
+                of_tap.load(rows[k % 2] + k / 2 * PITCH);
                 make_weights(of_tap, second, bias, tap - k, lane, weights);
             };
             weigh_row<K>(Row(gradients, window, lane), count, make, held);
             window -= region.staged_columns;
-            rows -= region.staged_columns * HIDDEN_PITCH<WT> * sizeof(Half);
+#pragma unroll
+            for (int k = 0; k < 2; ++k) rows[k] -= region.staged_columns / 2 * PITCH;
         }
     }
 };
@@ -94,9 +129,9 @@ __global__ void __launch_bounds__(THREADS, 2)
     const int columns = (shape.width + shape.across - 1) / shape.across;
     float* most = reinterpret_cast<float*>(shared);
     Half* staged = reinterpret_cast<Half*>(most + 32);
-    Half* hidden = staged + rows * (columns + columns % 2 + 2 * RADIUS) * VALUES;
-    const Gathering<K, WT> gathering{staged, hidden, second + part * K * K * 32 * WT * 2,
-                                     bias + part * K * K * CHANNELS, lane};
+    Half* rest = staged + rows * (columns + columns % 2 + 2 * RADIUS) * VALUES;
+    second += part * K * K * 32 * WT * 2;
+    bias += part * K * K * CHANNELS;
     mirrors += static_cast<long long>(blockIdx.x) * mirror_pitch + lane % 4 * 2 * SHARE;
     for (int number = blockIdx.x / WT; number < shape.images * shape.tiles(); number += blocks) {
         const Tile tile(shape, number, true);
@@ -105,8 +140,10 @@ __global__ void __launch_bounds__(THREADS, 2)
         const float factor = stage_values<T, false, -2>(
             staged, most, grad + before * shape.grad_pitch, shape.grad_pitch, shape, tile, RADIUS,
             part * CHANNELS);
-        stage_halves(hidden, HIDDEN_PITCH<WT>, rectified + before * WIDTH, WIDTH, shape, tile,
-                     RADIUS);
+        const Hidden<WT> hidden{
+            rest, (tile.rows + 2 * RADIUS) * (tile.filled + 2 * RADIUS)};
+        const Gathering<K, WT> gathering{staged, hidden, second, bias, lane};
+        hidden.stage(rectified + before * WIDTH, shape, tile, RADIUS);
         __syncthreads();
         compute_mirrors(shape, tile, RADIUS, true, [&](const Region& region, int product) {
             Held held = {};
