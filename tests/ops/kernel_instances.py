@@ -133,8 +133,10 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
         for name in (
             "patchwise_attend_narrow",
             "patchwise_value_gradient_narrow",
-            "patchwise_slopes_narrow",
         )
+    },
+    "patchwise_narrow_slopes.cu": {
+        "patchwise_slopes_narrow": [(dtype,) for dtype in patchwise_plan.DTYPES]
     },
     "patchwise_narrow_relation.cu": {
         name: [(dtype,) for dtype in patchwise_plan.DTYPES]

@@ -44,7 +44,8 @@ class Parameters:
 def statistics(sizes: Sizes, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Return means and variances of the relation's channels in float32."""
     elements = sizes.pixels * sizes.relation
-    shares = plan.shares_of(sizes.images, -(-BLOCKS * JOINING // elements))
+    # Few, since every row of taps reads the sums of all.
+    shares = plan.shares_of(sizes.images, -(-BLOCKS * THREADS // elements))
     threads = WIDE_THREADS if sizes.kernel_size == 3 else THREADS
     moments = [_image_moments(sizes, image, shares) for image in (query, key)]
     mean, variance = (

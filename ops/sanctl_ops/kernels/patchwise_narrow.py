@@ -10,7 +10,7 @@ from sanctl_ops.kernels.patchwise_fold import floats, join
 from sanctl_ops.kernels.patchwise_plan import Sizes, Tiling
 from sanctl_ops.kernels.runtime import kernel, launch
 
-SOURCE = "patchwise_narrow.cu"
+SOURCE, SLOPES_SOURCE = "patchwise_narrow.cu", "patchwise_narrow_slopes.cu"
 RELATION_SOURCE = "patchwise_narrow_relation.cu"
 # A thread has two pixels.
 MOST_ROWS, MOST_COLUMNS = 16, 32
@@ -68,7 +68,7 @@ def slopes(
     sums = torch.empty(sizes.taps * TERMS, dtype=torch.float64, device=grad.device)
     partials = floats(grad, rows * sums.numel())
     launch(
-        kernel(SOURCE, "patchwise_slopes_narrow", grad.dtype),
+        kernel(SLOPES_SOURCE, "patchwise_slopes_narrow", grad.dtype),
         grad.device,
         blocks,
         threads,
@@ -106,7 +106,7 @@ def hidden_values(
 def image_gradients(
     sizes: Sizes, query: Tensor, key: Tensor, factors: tuple[Tensor, ...], by_batch: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of query and key; see `patchwise_backward.image_gradients`."""
+    """Return the gradients of query and key; see `patchwise_relations.image_gradients`."""
     tiling = _tiling(sizes)
     out_query, out = plan.channels_last_like(query), plan.channels_last_like(key)
     shape = plan.shape_argument(sizes, tiling, query=query, key=key)

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(THREADS)
     const T* from = image + element / channels * pitch + channel;
     const double pivot = widen(image[channel]);
     double sum = 0, squares = 0;
-#pragma unroll 4
+#pragma unroll 16
     for (int n = share; n < images; n += shares) {
         const double x = widen(from[n * step]) - pivot;
         sum += x;

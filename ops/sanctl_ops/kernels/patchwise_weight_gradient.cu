@@ -6,7 +6,7 @@
 constexpr int KEY_PITCH = PIXELS + 8;  // of staged pixels with 16 channels
 constexpr int TILES_AT_ONCE = 16;      // whose sums are kept in registers: tensor cores round downwards
 
-// Blocks of 7 warps that a multiprocessor is to hold, RESIDENT in patchwise_backward.py.
+// Blocks of 7 warps that a multiprocessor is to hold, RESIDENT in patchwise_relations.py.
 template <int WT>
 constexpr int RESIDENT = WT <= 2 ? 4 : WT == 4 ? 3 : 2;
 
