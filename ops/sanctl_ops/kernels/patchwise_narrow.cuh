@@ -57,6 +57,7 @@ __device__ inline float stage_pixels(Half* to, float* most, const T* image, int 
                                      const Shape& shape, const Tile& tile) {
     const int columns = tile.filled + 2 * RADIUS, pixels = (tile.rows + 2 * RADIUS) * columns;
     unsigned largest = 0;
+#pragma unroll 3
     for (Walk at(threadIdx.x, blockDim.x, columns); at.place < pixels; at.next()) {
         const int y = source<REFLECT>(tile.top - RADIUS + at.row, shape.height);
         const int x = source<REFLECT>(tile.left - RADIUS + at.column, shape.width);

@@ -59,10 +59,11 @@ def slopes(
 ) -> tuple[Tensor, Tensor]:
     """Return the rectified values' gradients, and sums for the second convolution's."""
     tiling = _tiling(sizes)
-    blocks = plan.shares_of(
-        sizes.images * tiling.down * tiling.across, plan.resident_blocks(grad.device, 0) // 2
-    )
     threads = _threads(tiling)
+    blocks = plan.shares_of(
+        sizes.images * tiling.down * tiling.across,
+        plan.resident_blocks(grad.device, _bytes(tiling), threads // WARP),
+    )
     gradients = floats(grad, sizes.images * sizes.pixels * sizes.hidden)
     rows = blocks * threads // WARP
     sums = torch.empty(sizes.taps * TERMS, dtype=torch.float64, device=grad.device)

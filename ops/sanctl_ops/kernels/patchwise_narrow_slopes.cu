@@ -20,33 +20,36 @@ __global__ void __launch_bounds__(THREADS, 2)
         const Tile tile(shape, number, true);
         const long long before = static_cast<long long>(tile.n) * shape.pixels();
         const int columns = tile.filled + 2 * RADIUS;
+        // Loaded with what is staged.
+        unsigned pairs[2][SHARE], own[2], most = 0;
+#pragma unroll
+        for (int next = 0; next < 2; ++next) {
+            const long long pixel = before + tile.pixel(shape, i + next);
+            load_pixel(pairs[next], grad + pixel * shape.grad_pitch, tile.exists(i + next), shape);
+            own[next] = reinterpret_cast<const unsigned*>(rectified)[pixel];
+        }
         __syncthreads();
         float factor = stage_pixels<T, true, MOST>(arrays.values, arrays.most,
                                                    value + before * shape.value_pitch,
                                                    shape.value_pitch, shape, tile);
-        unsigned pairs[SHARE], most = 0;
-#pragma unroll 1
-        for (int next = 0; next < 2; ++next) {
-            load_pixel(pairs, grad + (before + tile.pixel(shape, i + next)) * shape.grad_pitch,
-                       tile.exists(i + next), shape);
 #pragma unroll
-            for (int g = 0; g < SHARE; ++g) most = larger<T>(most, pairs[g] & 0x7fff7fff);
-        }
+        for (int g = 0; g < 2 * SHARE; ++g)
+            most = larger<T>(most, pairs[g / SHARE][g % SHARE] & 0x7fff7fff);
         float scale, inverse;
         scale_of<MOST>(most_of_block<T>(most, arrays.most), scale, inverse);
         factor *= inverse;
         const int corner = tile.place(i, RADIUS) - RADIUS * columns - RADIUS;
 #pragma unroll 1
         for (int next = 0; next < 2; ++next) {
-            const int pixel = tile.pixel(shape, i + next);
-            load_pixel(pairs, grad + (before + pixel) * shape.grad_pitch, tile.exists(i + next),
-                       shape);
-            const unsigned own = reinterpret_cast<const unsigned*>(rectified)[before + pixel];
-            const float hidden[2] = {first_of<Half>(own), second_of<Half>(own)};
+            const float hidden[2] = {first_of<Half>(own[0]), second_of<Half>(own[0])};
             Vector<unsigned, 4> slopes[WIDE];
 #pragma unroll
-            for (int g = 0; g < SHARE; ++g) pairs[g] = scaled<T>(pairs[g], scale);
-            part(pairs, slopes);
+            for (int g = 0; g < SHARE; ++g) pairs[0][g] = scaled<T>(pairs[0][g], scale);
+            part(pairs[0], slopes);
+            // A loop of two rounds keeps the code short, and arrays in registers have no index.
+            own[0] = own[1];
+#pragma unroll
+            for (int g = 0; g < SHARE; ++g) pairs[0][g] = pairs[1][g];
             float sums[2] = {};
 #pragma unroll
             for (int tap = 0; tap < TAPS; ++tap) {
@@ -69,7 +72,7 @@ __global__ void __launch_bounds__(THREADS, 2)
                 }
             }
             if (!tile.exists(i + next)) continue;
-            float* to = gradients + (before + pixel) * shape.hidden;
+            float* to = gradients + (before + tile.pixel(shape, i + next)) * shape.hidden;
             to[0] = sums[0];
             if (shape.hidden == WIDE) to[1] = sums[1];
         }

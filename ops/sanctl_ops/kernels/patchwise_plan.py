@@ -31,6 +31,8 @@ MOST_SIDE = 14
 # A warp that makes one product at once instead of two has more of them to make in a block.
 MOST_SIDE_OF_WIDEST = 10
 MOST_RESIDENT = 4
+# Warps that run at once on a multiprocessor with 128 registers a thread.
+RESIDENT_WARPS = 16
 # A float for every warp that a block may have.
 MOST_BYTES = 32 * 4
 
@@ -264,11 +266,10 @@ def shares_of(tasks: int, most: int) -> int:
     return -(-tasks // each)
 
 
-def resident_blocks(device: torch.device, shared_bytes: int) -> int:
-    """Return about how many blocks with so much shared memory run at once."""
-    return multiprocessors(device) * max(
-        1, min(MOST_RESIDENT, 2 * MOST_SHARED_BYTES // max(shared_bytes, 1))
-    )
+def resident_blocks(device: torch.device, shared_bytes: int, warps: int) -> int:
+    """Return about how many blocks run at once that need so much shared memory and registers."""
+    by_memory = 2 * MOST_SHARED_BYTES // shared_bytes
+    return multiprocessors(device) * max(1, min(MOST_RESIDENT, by_memory, RESIDENT_WARPS // warps))
 
 
 @cache

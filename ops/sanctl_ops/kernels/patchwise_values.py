@@ -24,9 +24,10 @@ def slopes(
     assert tiling is not None
     parts = sizes.hidden_tiles
     shared_bytes = plan.bytes_of_slopes(sizes, tiling)
+    warps = warps_together(sizes, tiling.paired.products)
     blocks = plan.shares_of(
         sizes.images * tiling.down * tiling.across,
-        -(-plan.resident_blocks(grad.device, shared_bytes) // parts),
+        -(-plan.resident_blocks(grad.device, shared_bytes, warps) // parts),
     )
     gradients = floats(grad, parts * sizes.images * sizes.pixels * sizes.hidden)
     rows = 1 if parts == 1 else parts // 2 + 1
@@ -36,7 +37,7 @@ def slopes(
         kernel("patchwise_slopes.cu", "patchwise_slopes", grad.dtype, *template(sizes)),
         grad.device,
         blocks * parts,
-        warps_together(sizes, tiling.paired.products) * WARP,
+        warps * WARP,
         (
             grad,
             value,
@@ -63,9 +64,10 @@ def value_gradient(sizes: Sizes, grad: Tensor, rectified: Tensor, layer: Paramet
     out = plan.channels_last_like(grad)
     parts = sizes.hidden_tiles
     shared_bytes = plan.bytes_of_value_gradient(sizes, tiling)
+    warps = warps_for(tiling.paired.products)
     blocks = plan.shares_of(
         sizes.images * tiling.down * tiling.across,
-        -(-plan.resident_blocks(grad.device, shared_bytes) // parts),
+        -(-plan.resident_blocks(grad.device, shared_bytes, warps) // parts),
     )
     # What positions beyond the image get, on its way to the pixels that they mirror.
     pitch = (tiling.halo - tiling.rows * tiling.columns) * plan.VALUES
@@ -78,7 +80,7 @@ def value_gradient(sizes: Sizes, grad: Tensor, rectified: Tensor, layer: Paramet
         ),
         grad.device,
         blocks * parts,
-        warps_for(tiling.paired.products) * WARP,
+        warps * WARP,
         (
             grad,
             rectified,
