@@ -52,12 +52,20 @@ template <typename T>
 __global__ void __launch_bounds__(THREADS)
     patchwise_moments(const T* hidden, double* partials, int channels, unsigned count,
                       unsigned step) {
+    constexpr int BATCH = 8;  // that are loaded before any of them is needed
     double own[2] = {};
-#pragma unroll 8
-    for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
-        const double x = hidden[i];
-        own[0] += x;
-        own[1] += x * x;
+    for (unsigned begin = blockIdx.x * blockDim.x + threadIdx.x; begin < count;
+         begin += BATCH * step) {
+        T values[BATCH];
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b)
+            values[b] = begin + b * step < count ? hidden[begin + b * step] : 0;
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) {
+            const double x = values[b];
+            own[0] += x;
+            own[1] += x * x;
+        }
     }
     write_row(own, partials, channels, added);
 }
@@ -214,6 +222,7 @@ __global__ void __launch_bounds__(JOINING)
     if (thread > 0) return;
     for (int c = 1; c < channels; ++c) bound = max(bound, shared[c]);
     float scale, inverse;
+    // Four of them are added up as halves (see patchwise_folded.cuh).
     scale_of<13>(bound, scale, inverse);
     scales[0] = scale;
     scales[1] = inverse;
