@@ -90,27 +90,36 @@ __device__ inline void keep(Half* to, const float (&held)[2][SHARE]) {
 // all is loaded before any is needed.
 __device__ inline void add_kept(const Shape& shape, const Tile& tile, int radius, int i,
                                 const Half* mirrors, Held& held) {
+    constexpr int COUNT = IMAGES<true>;
 #pragma unroll 1
-    for (int down = 0; down < IMAGES<true>; ++down) {
-        int numbers[2][IMAGES<true>];
+    for (int down = 0; down < COUNT; ++down) {
+        int numbers[2][COUNT];
         if (!find_mirrored(shape, tile, radius, i, down, numbers[0])) continue;
         find_mirrored(shape, tile, radius, i + 1, down, numbers[1]);
-        Vector<unsigned, 4> kept[2][IMAGES<true>][2];
+        int last = -1;
 #pragma unroll
-        for (int k = 0; k < 4 * IMAGES<true>; ++k) {
-            const int next = k / 2 / IMAGES<true>, across = k / 2 % IMAGES<true>, e = k % 2;
+        for (int k = 0; k < 2 * COUNT; ++k) last = max(last, numbers[k % 2][k / 2]);
+        if (last < 0) continue;
+        Vector<unsigned, 4> kept[2][COUNT][2];
+#pragma unroll
+        for (int k = 0; k < 4 * COUNT; ++k) {
+            const int next = k / 2 / COUNT, across = k / 2 % COUNT, e = k % 2;
             const int number = numbers[next][across];
             kept[next][across][e] = Vector<unsigned, 4>{};
             if (number >= 0 && tile.exists(i + next))
                 kept[next][across][e] = *reinterpret_cast<const Vector<unsigned, 4>*>(
                     mirrors + number * VALUES + e * SHARE);
         }
+        // At most one of them is not zero, where images are larger than windows.
 #pragma unroll
-        for (int k = 0; k < 16 * IMAGES<true>; ++k) {
-            const int next = k / 8 / IMAGES<true>, across = k / 8 % IMAGES<true>, e = k / 4 % 2;
-            const unsigned pair = kept[next][across][e].at[k % 4];
-            held[next][e][k % 4 * 2] += first_of<Half>(pair);
-            held[next][e][k % 4 * 2 + 1] += second_of<Half>(pair);
+        for (int k = 0; k < 16; ++k) {
+            const int next = k / 8, e = k / 4 % 2;
+            unsigned sum = kept[next][0][e].at[k % 4];
+#pragma unroll
+            for (int across = 1; across < COUNT; ++across)
+                sum = add_halves(sum, kept[next][across][e].at[k % 4]);
+            held[next][e][k % 4 * 2] += first_of<Half>(sum);
+            held[next][e][k % 4 * 2 + 1] += second_of<Half>(sum);
         }
     }
 }
