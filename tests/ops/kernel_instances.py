@@ -161,8 +161,10 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
         for name in (
             "patchwise_attend_narrow",
             "patchwise_value_gradient_narrow",
-            "patchwise_slopes_narrow",
         )
+    },
+    "patchwise_narrow_slopes.cu": {
+        "patchwise_slopes_narrow": [(dtype,) for dtype in patchwise_plan.DTYPES]
     },
     "patchwise_narrow_relation.cu": {
         name: [(dtype,) for dtype in patchwise_plan.DTYPES]
@@ -176,7 +178,7 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
         "patchwise_moments": FLOAT,
         "patchwise_join_moments": FLOAT,
         "patchwise_rectify": FLOAT,
-        "patchwise_slopes_of_hidden": FLOAT,
+        "patchwise_slopes_of_hidden": [(torch.float32, tiles) for tiles in HIDDEN_TILES],
         "patchwise_join_slopes": FLOAT,
         "patchwise_gradient_of_hidden": FLOAT,
     },

@@ -20,7 +20,7 @@ from pooling_cases import fused as pooled
 from pooling_cases import truth as pooled_truth
 
 import sanctl_ops
-from sanctl_ops import kernels
+from sanctl_ops import kernels, patchwise_attention
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -121,6 +121,19 @@ def test_patchwise_kernels_agree_with_autograd(
     assert len(launcher.launched) > launched + 20
     # Images are rounded to their type; all else comes of sums of products of halves.
     assert max(far.values()) < (3e-3 if dtype == torch.bfloat16 else 1.5e-3), far
+
+
+@pytest.mark.usefixtures("_kernels_on_cpu")
+def test_patchwise_kernels_keep_to_the_channels_of_an_image() -> None:
+    """Relations are filled up to whole tiles, whatever lies beside them in memory."""
+    case = PatchwiseCase("filled", 3, 4, 3, relation=8, hidden=9, share=1, batch=1)
+    x = case.inputs().to("cpu", torch.float16, torch.float32)
+    beside = torch.full((1, 24, 3, 4), torch.nan, dtype=torch.float16)
+    query, key = (
+        beside.contiguous(memory_format=torch.channels_last)[:, :8].copy_(image.detach())
+        for image in (x.query, x.key)
+    )
+    assert patchwise_attention(query, key, *x.arguments[2:]).out.isfinite().all()
 
 
 # Channels that are padded, weights that repeat in a quad of lanes, a last tile of fewer rows; and

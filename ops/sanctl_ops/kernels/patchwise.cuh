@@ -66,6 +66,11 @@ struct Tile {
 // neighbours.
 __device__ inline int in_pairs(int row) { return row / 16 * 16 + row % 8 * 2 + row % 16 / 8; }
 
+// Whether windows may read a pixel by reflection.
+__device__ inline bool reflects(int y, int x, const Shape& shape, int radius) {
+    return min(y, shape.height - 1 - y) <= radius || min(x, shape.width - 1 - x) <= radius;
+}
+
 // How often tap number `tap` of a row of K windows reads a pixel, mirrored ones included.
 __device__ inline int readings(int pixel, int side, int tap, int radius) {
     int count = 0;
@@ -121,11 +126,11 @@ __device__ inline unsigned pack_halves(float first, float second) {
     return pack<Half>(within_halves(first), within_halves(second));
 }
 
-// Channels `first` to `first + 7` of a pixel with `count` of them; zeros beyond.
+// Channels `first` to `first + 7` of a pixel with `count` of them; zeros beyond, where anything may lie.
 template <typename T>
 __device__ inline void load_channels(const T* pixel, int first, int count, int vector,
                                      float (&values)[8]) {
-    if (vector == 8) return load<8>(pixel + first, values);
+    if (vector == 8 && first < count) return load<8>(pixel + first, values);
 #pragma unroll
     for (int e = 0; e < 8; ++e) values[e] = first + e < count ? widen(pixel[first + e]) : 0.0f;
 }
@@ -166,6 +171,7 @@ __device__ inline void stage_relation(Half* to, int pitch, const T* image, int i
     const int step = blockDim.x / chunks, chunk = threadIdx.x % chunks * 8;
     const EightUnits own(units, first + chunk);
     if (threadIdx.x >= step * chunks) return;
+#pragma unroll 4
     for (Walk at(threadIdx.x / chunks, step, columns); at.row < rows; at.next()) {
         const int y = source<true>(top + at.row, shape.height);
         const int x = source<true>(left + at.column, shape.width);
@@ -173,23 +179,6 @@ __device__ inline void stage_relation(Half* to, int pitch, const T* image, int i
         float values[8];
         load_channels(pixel, first + chunk, shape.relation, shape.relation_vector, values);
         *reinterpret_cast<Vector<unsigned, 4>*>(to + at.place * pitch + chunk) = own.apply(values);
-    }
-}
-
-// Stages halves of `width` channels, already as they are wanted, with `halo` pixels of zeros or of the
-// image around; `pitch` elements apart.
-__device__ inline void stage_halves(Half* to, int pitch, const Half* image, int width,
-                                    const Shape& shape, const Tile& tile, int halo) {
-    const int columns = tile.filled + 2 * halo, rows = tile.rows + 2 * halo, chunks = width / 8;
-    for (int i = threadIdx.x; i < rows * columns * chunks; i += blockDim.x) {
-        const int place = i / chunks, chunk = i % chunks * 8;
-        const int y = source<false>(tile.top - halo + place / columns, shape.height);
-        const int x = source<false>(tile.left - halo + place % columns, shape.width);
-        Vector<unsigned, 4> values{};
-        if (y >= 0 && x >= 0)
-            values = *reinterpret_cast<const Vector<unsigned, 4>*>(
-                image + static_cast<long long>(y * shape.width + x) * width + chunk);
-        *reinterpret_cast<Vector<unsigned, 4>*>(to + place * pitch + chunk) = values;
     }
 }
 
@@ -202,7 +191,16 @@ struct Rows {
     // From shared memory; `row` is the address of this lane's row (see row_of_lane).
     __device__ void load(unsigned row) {
 #pragma unroll
-        for (int s = 0; s < STEPS; ++s) load_matrices<false>(row + s * 32, at[s]);
+        for (int s = 0; s < STEPS; ++s) {
+            if constexpr (TILES == 1) {
+                unsigned two[2];
+                load_matrices<false>(row, two);
+                at[s][0] = two[0];
+                at[s][1] = two[1];
+            } else {
+                load_matrices<false>(row + s * 32, at[s]);
+            }
+        }
     }
 
     // From global memory: pixels l / 4 and l / 4 + 8 at `first` and `second`.
@@ -235,7 +233,7 @@ template <int TILES>
 constexpr int HIDDEN_PITCH = TILES == 1 ? CHANNELS : TILES * CHANNELS + 8;
 
 // Which of 16 rows, and which 8 of its channels, a lane names to load_matrices for a first operand.
-// One of 8 channels has two matrices only; the other lanes name them again.
+// One of 8 channels has two matrices only, which lanes 0 to 15 name.
 template <int TILES>
 __device__ inline int channel_of_lane(int lane) {
     return TILES == 1 ? 0 : lane / 16 * 8;

@@ -24,6 +24,8 @@ from sanctl_ops.kernels.runtime import kernel, launch
 
 PLANES, STATISTICS = "patchwise_planes.cu", "patchwise_statistics.cu"
 JOINING = 1024
+# WIDE_THREADS in patchwise_statistics.cu for 3 x 3 taps.
+WIDE_THREADS = 1024
 # Blocks that add up plane-sized tensors.
 BLOCKS = 264
 
@@ -42,7 +44,9 @@ class Parameters:
 def statistics(sizes: Sizes, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Return means and variances of the relation's channels in float32."""
     elements = sizes.pixels * sizes.relation
-    shares = plan.shares_of(sizes.images, -(-BLOCKS * JOINING // elements))
+    # Few, since every row of taps reads the sums of all.
+    shares = plan.shares_of(sizes.images, -(-BLOCKS * THREADS // elements))
+    threads = WIDE_THREADS if sizes.kernel_size == 3 else THREADS
     moments = [_image_moments(sizes, image, shares) for image in (query, key)]
     mean, variance = (
         floats(query, sizes.relation * (sizes.taps + 1)),
@@ -52,12 +56,12 @@ def statistics(sizes: Sizes, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor
         kernel(STATISTICS, "patchwise_statistics", query.dtype, sizes.kernel_size),
         query.device,
         sizes.relation * (sizes.kernel_size + 1),
-        THREADS,
+        threads,
         (
             *(query, key, *moments, mean, variance),
             *(sizes.images, sizes.height, sizes.width, sizes.relation, shares),
         ),
-        2 * sizes.kernel_size * THREADS * 8,
+        2 * sizes.kernel_size * threads * 8,
     )
     return mean, variance
 
@@ -89,12 +93,11 @@ def hidden_values(
     first = fold_first(sizes, weight)
     tiling = plan.tiling(sizes, plan.bytes_of_hidden)
     assert tiling is not None
-    together = 1 if sizes.hidden_tiles == plan.CHANNELS else 2
     launch(
         kernel("patchwise_hidden.cu", "patchwise_hidden", key.dtype, *template(sizes)),
         key.device,
         sizes.images * tiling.down * tiling.across,
-        -(-tiling.products // together) * WARP,
+        warps_together(sizes, tiling.products) * WARP,
         (
             query,
             key,
@@ -150,10 +153,11 @@ def rectified(sizes: Sizes, hidden: Tensor, norm: Known) -> Tensor:
     pixels, width = sizes.images * sizes.pixels, sizes.hidden_width
     out = hidden.new_empty(pixels * width, dtype=torch.float16)
     pairs = pixels * width // 2
+    blocks = min(blocks_for(pairs), 4 * BLOCKS)
     launch(
         kernel(PLANES, "patchwise_rectify", torch.float32),
         hidden.device,
-        blocks_for(pairs),
+        blocks,
         THREADS,
         (
             hidden,
@@ -162,6 +166,7 @@ def rectified(sizes: Sizes, hidden: Tensor, norm: Known) -> Tensor:
             sizes.hidden,
             width,
             np.uint32(pairs),
+            np.uint32(blocks * THREADS),
         ),
     )
     return out
@@ -189,6 +194,12 @@ def attend(sizes: Sizes, value: Tensor, rectified: Tensor, layer: Parameters) ->
 def warps_for(products: int) -> int:
     """Return warps of a block, at most 8, that have like many products each."""
     return plan.shares_of(products, THREADS // WARP)
+
+
+def warps_together(sizes: Sizes, products: int) -> int:
+    """Return warps of a block that make all products at once, TOGETHER in the sources for each."""
+    together = 1 if sizes.hidden_tiles == plan.CHANNELS else 2
+    return -(-products // together)
 
 
 def forward(

@@ -152,20 +152,20 @@ __global__ void __launch_bounds__(THREADS)
 
 // Sums `rows` x `columns` partial sums over the rows, 32 columns a block, in a fixed order.
 template <typename T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(1024)
     patchwise_join(const T* partials, double* sums, int rows, unsigned columns) {
     extern __shared__ double shared[];
     const unsigned column = blockIdx.x * 32 + threadIdx.x % 32;
     double own = 0;
     if (column < columns) {
-#pragma unroll 4
-        for (int row = threadIdx.x / 32; row < rows; row += THREADS / 32)
+#pragma unroll 8
+        for (int row = threadIdx.x / 32; row < rows; row += blockDim.x / 32)
             own += partials[static_cast<long long>(row) * columns + column];
     }
     shared[threadIdx.x] = own;
     __syncthreads();
     if (threadIdx.x >= 32 || column >= columns) return;
-    for (int lane = 1; lane < THREADS / 32; ++lane) own += shared[lane * 32 + threadIdx.x];
+    for (int lane = 1; lane < blockDim.x / 32; ++lane) own += shared[lane * 32 + threadIdx.x];
     sums[column] = own;
 }
 
@@ -211,18 +211,28 @@ __global__ void __launch_bounds__(THREADS)
     const bool narrow = hidden_tiles == 0;
     const double* from =
         sums + (narrow ? tap * 16 : (tap * tiles + channel / 16) * 2 * hidden_tiles * 128);
+    constexpr int BATCH = 4;  // rows that are loaded before any of them is stored
     double product = 0, slope = 0;
-    for (int row = 0; row < hidden; ++row) {
-        const int place = narrow ? channel * 2 + row
-                                 : row / 8 * 128 + (channel % 8 * 4 + row % 8 / 2) * 4 +
-                                       channel % 16 / 8 * 2 + row % 2;
-        const double related = from[place] * scales[1];
-        const double plain = from[(narrow ? 8 : hidden_tiles * 128) + place] * scales[1];
-        const int number = row * relation * (taps + 1) + factors.number;
-        grad_weight[number] =
-            static_cast<float>(factors.scale * related + factors.shift * plain);
-        product += weight[number] * related;
-        slope += weight[number] * plain;
+    for (int first = 0; first < hidden; first += BATCH) {
+        double related[BATCH], plain[BATCH], weights[BATCH];
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) {
+            const int row = min(first + b, hidden - 1);
+            const int place = narrow ? channel * 2 + row
+                                     : row / 8 * 128 + (channel % 8 * 4 + row % 8 / 2) * 4 +
+                                           channel % 16 / 8 * 2 + row % 2;
+            related[b] = from[place] * scales[1];
+            plain[b] = from[(narrow ? 8 : hidden_tiles * 128) + place] * scales[1];
+            weights[b] = weight[row * relation * (taps + 1) + factors.number];
+        }
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) {
+            if (first + b >= hidden) break;
+            grad_weight[(first + b) * relation * (taps + 1) + factors.number] =
+                static_cast<float>(factors.scale * related[b] + factors.shift * plain[b]);
+            product += weights[b] * related[b];
+            slope += weights[b] * plain[b];
+        }
     }
     const double apart = factors.mean - factors.pivot;
     product = factors.deviation * (product / factors.unit - apart * slope);

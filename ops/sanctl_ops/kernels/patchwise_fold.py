@@ -119,13 +119,14 @@ def fold_first_turned(sizes: Sizes, weight: Tensor, norm: Known) -> Tensor:
 
 def join(partials: Tensor, rows: int, sums: Tensor) -> None:
     """Add up rows of partial sums into `sums`, float64, in a fixed order."""
+    threads = min(1024, max(THREADS, rows // 8 * WARP))
     launch(
         kernel(SOURCE, "patchwise_join", torch.float32),
         sums.device,
         -(-sums.numel() // JOINED_COLUMNS),
-        THREADS,
+        threads,
         (partials, sums, rows, np.uint32(sums.numel())),
-        THREADS * 8,
+        threads * 8,
     )
 
 

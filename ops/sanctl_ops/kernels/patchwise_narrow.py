@@ -10,10 +10,12 @@ from sanctl_ops.kernels.patchwise_fold import floats, join
 from sanctl_ops.kernels.patchwise_plan import Sizes, Tiling
 from sanctl_ops.kernels.runtime import kernel, launch
 
-SOURCE = "patchwise_narrow.cu"
+SOURCE, SLOPES_SOURCE = "patchwise_narrow.cu", "patchwise_narrow_slopes.cu"
 RELATION_SOURCE = "patchwise_narrow_relation.cu"
 # A thread has two pixels.
 MOST_ROWS, MOST_COLUMNS = 16, 32
+# Blocks of patchwise_weight_gradient_narrow that a multiprocessor holds.
+RESIDENT = 3
 # What a block keeps beside images, and the halves of a pixel.
 SHARED_FLOATS, STAGED = 96, 16
 # Sums of a tap for the second convolution, and for the first one.
@@ -57,16 +59,17 @@ def slopes(
 ) -> tuple[Tensor, Tensor]:
     """Return the rectified values' gradients, and sums for the second convolution's."""
     tiling = _tiling(sizes)
-    blocks = plan.shares_of(
-        sizes.images * tiling.down * tiling.across, plan.resident_blocks(grad.device, 0) // 2
-    )
     threads = _threads(tiling)
+    blocks = plan.shares_of(
+        sizes.images * tiling.down * tiling.across,
+        plan.resident_blocks(grad.device, _bytes(tiling), threads // WARP),
+    )
     gradients = floats(grad, sizes.images * sizes.pixels * sizes.hidden)
     rows = blocks * threads // WARP
     sums = torch.empty(sizes.taps * TERMS, dtype=torch.float64, device=grad.device)
     partials = floats(grad, rows * sums.numel())
     launch(
-        kernel(SOURCE, "patchwise_slopes_narrow", grad.dtype),
+        kernel(SLOPES_SOURCE, "patchwise_slopes_narrow", grad.dtype),
         grad.device,
         blocks,
         threads,
@@ -104,7 +107,7 @@ def hidden_values(
 def image_gradients(
     sizes: Sizes, query: Tensor, key: Tensor, factors: tuple[Tensor, ...], by_batch: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of query and key; see `patchwise_backward.image_gradients`."""
+    """Return the gradients of query and key; see `patchwise_relations.image_gradients`."""
     tiling = _tiling(sizes)
     out_query, out = plan.channels_last_like(query), plan.channels_last_like(key)
     shape = plan.shape_argument(sizes, tiling, query=query, key=key)
@@ -128,7 +131,7 @@ def first_sums(
     parts = sizes.kernel_size + 1
     blocks = plan.shares_of(
         sizes.images * tiling.down * tiling.across,
-        -(-plan.resident_blocks(key.device, 0) // parts),
+        plan.multiprocessors(key.device) * RESIDENT // parts,
     )
     threads = _threads(tiling)
     rows = blocks * threads // WARP

@@ -32,6 +32,7 @@ template <typename T>
 __device__ inline void stage_keys(Channels* to, const T* key, const Units& units, const Shape& shape,
                                   const Tile& tile, int top, int rows) {
     const int columns = tile.columns + 2 * RADIUS;
+#pragma unroll 4
     for (int i = threadIdx.x; i < rows * columns; i += blockDim.x) {
         const int y = source<true>(top + i / columns, shape.height);
         const int x = source<true>(tile.left - RADIUS + i % columns, shape.width);
@@ -185,11 +186,12 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int tap = 0; tap < TAPS; ++tap)
             taps[tap].add(x, staged[place + (RADIUS - tap / K) * columns + RADIUS - tap % K], sums);
+        const int own_row = pixel / shape.width, own_column = pixel % shape.width;
 #pragma unroll 1
-        for (int which = 1; which < 9; ++which) {
+        for (int which = reflects(own_row, own_column, shape, RADIUS) ? 1 : 9; which < 9; ++which) {
             int row, column;
-            if (!image<true>(pixel / shape.width, shape.height, RADIUS, which / 3, row) ||
-                !image<true>(pixel % shape.width, shape.width, RADIUS, which % 3, column))
+            if (!image<true>(own_row, shape.height, RADIUS, which / 3, row) ||
+                !image<true>(own_column, shape.width, RADIUS, which % 3, column))
                 continue;
             // The windows that read there have their centres in the image.
             for (int tap = 0; tap < TAPS; ++tap) {
@@ -213,7 +215,7 @@ __global__ void __launch_bounds__(THREADS)
 // As patchwise_weight_gradient; a block has one row of taps, or (number K of K + 1) the query. A warp's
 // sums lie at partials[its number among those of all blocks with its taps * (TAPS + 1) * SUMS].
 template <typename T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 3)
     patchwise_weight_gradient_narrow(const T* query, const T* key, const float* units,
                                      const Half* affine, const Half* gradient, float* partials,
                                      Shape shape, int blocks) {
@@ -230,16 +232,22 @@ __global__ void __launch_bounds__(THREADS)
         const Tile tile(shape, number);
         const long long before = static_cast<long long>(tile.n) * shape.pixels();
         const int columns = tile.columns + 2 * RADIUS;
+        // Those of the pixels that a thread has: loaded with what is staged.
+        unsigned slopes[2];
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+            slopes[k] = reinterpret_cast<const unsigned*>(
+                gradient)[before + tile.pixel(shape, threadIdx.x + k * blockDim.x)];
         __syncthreads();
         if (!is_query)
             stage_keys(staged, key + before * shape.key_pitch, Units(units, false, 1), shape, tile,
                        tile.top + dy - RADIUS, tile.rows);
         __syncthreads();
+#pragma unroll 1
         for (int i = threadIdx.x; i < tile.count(); i += blockDim.x) {
             const long long pixel = before + tile.pixel(shape, i);
-            const unsigned slopes = reinterpret_cast<const unsigned*>(gradient)[pixel];
-            const float slope[WIDE] = {to_float(Half{static_cast<unsigned short>(slopes)}),
-                                       to_float(Half{static_cast<unsigned short>(slopes >> 16)})};
+            const float slope[WIDE] = {first_of(slopes[0]), second_of(slopes[0])};
+            slopes[0] = slopes[1];
 #pragma unroll
             for (int dx = 0; dx < K; ++dx) {
                 if (is_query && dx > 0) break;

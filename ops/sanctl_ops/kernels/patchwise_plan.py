@@ -31,6 +31,8 @@ MOST_SIDE = 14
 # A warp that makes one product at once instead of two has more of them to make in a block.
 MOST_SIDE_OF_WIDEST = 10
 MOST_RESIDENT = 4
+# Warps that run at once on a multiprocessor with 128 registers a thread.
+RESIDENT_WARPS = 16
 # A float for every warp that a block may have.
 MOST_BYTES = 32 * 4
 
@@ -76,7 +78,7 @@ class Sizes:
     @property
     def relation_at_once(self) -> int:
         """AT_ONCE in patchwise_relation_gradient.cu: 8 relation channels each."""
-        return min(2 * self.hidden_tiles, 8)
+        return min(2 * self.hidden_tiles, 4)
 
     @property
     def hidden_tiles(self) -> int:
@@ -152,7 +154,10 @@ def bytes_of_value_gradient(sizes: Sizes, tiling: Tiling) -> int:
 
 def bytes_of_relation_gradient(sizes: Sizes, tiling: Tiling) -> int:
     """Return the shared memory of patchwise_relation_gradient."""
-    return tiling.halo * sizes.hidden_pitch * 2
+    # As in patchwise_folded.cuh.
+    beside = tiling.radius * (tiling.radius + 1) // 2 + 1
+    staged = (tiling.rows + 2 * beside) * (tiling.columns + 2 * beside)
+    return staged * sizes.hidden_pitch * 2
 
 
 def bytes_of_weight_gradient(sizes: Sizes, tiling: Tiling) -> int:
@@ -261,15 +266,15 @@ def shares_of(tasks: int, most: int) -> int:
     return -(-tasks // each)
 
 
-def resident_blocks(device: torch.device, shared_bytes: int) -> int:
-    """Return about how many blocks with so much shared memory run at once."""
-    return _multiprocessors(device) * max(
-        1, min(MOST_RESIDENT, 2 * MOST_SHARED_BYTES // max(shared_bytes, 1))
-    )
+def resident_blocks(device: torch.device, shared_bytes: int, warps: int) -> int:
+    """Return about how many blocks run at once that need so much shared memory and registers."""
+    by_memory = 2 * MOST_SHARED_BYTES // shared_bytes
+    return multiprocessors(device) * max(1, min(MOST_RESIDENT, by_memory, RESIDENT_WARPS // warps))
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Return how many there are; one where there is no GPU."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count

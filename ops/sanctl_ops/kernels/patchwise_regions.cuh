@@ -2,10 +2,24 @@
 // two runs give the same bits.
 //
 // What windows read beyond the image mirrors pixels of the tile at that border. A block first computes
-// what these positions get, which comes from few taps, and adds it to the pixels that they mirror.
+// what these positions get, which comes from few taps, keeps it, and adds it to the pixels that they mirror.
 #pragma once
 
 #include "patchwise.cuh"
+
+// Numbers of the positions around a tile that lie beyond the image, or would if it ended there.
+struct Beyond {
+    int rows, columns, radius;  // of the tile
+
+    __device__ int number(int y, int x) const {
+        if (y >= 0 && y < rows)
+            return 2 * radius * (pitch() + y) + (x < 0 ? x : x - columns) + radius;
+        return ((y < 0 ? y : y - rows) + radius) * pitch() + x + radius;
+    }
+
+  private:
+    __device__ int pitch() const { return columns + 2 * radius; }
+};
 
 // One of the nine parts of a tile with what lies beyond the image around it, and the taps by which
 // windows in the image read it. Where neighbours are taken in pairs, it begins at an even place, and more
@@ -44,6 +58,11 @@ struct Region {
     // Where the window lies that reads position i by tap (0, 0), in a tile staged with its halo.
     __device__ int window(int i) const { return place(i) + radius * staged_columns + radius; }
 
+    // The number of position i among those beyond the image.
+    __device__ int beyond(const Tile& tile, int i) const {
+        return Beyond{tile.rows, tile.columns, radius}.number(top + i / columns, left + i % columns);
+    }
+
     // Position i among those of the tile and its halo; for one beyond the last, that of another, so that
     // neighbours stay so.
     __device__ int place(int i) const {
@@ -61,20 +80,21 @@ struct Region {
     }
 };
 
-// Hands the places of all positions beyond the image that mirror pixel i of the tile to visit(place).
-template <typename Visit>
-__device__ inline void visit_mirrored(const Shape& shape, const Tile& tile, int radius, int i,
-                                      Visit visit) {
-    const int y = i / tile.filled, x = i % tile.filled, pitch = tile.filled + 2 * radius;
-#pragma unroll 1
-    for (int down = 0; down < IMAGES<true>; ++down) {
-        int row, column;
-        if (!image<true>(tile.top + y, shape.height, radius, down, row)) continue;
-#pragma unroll 1
-        for (int across = down == 0; across < IMAGES<true>; ++across)
-            if (image<true>(tile.left + x, shape.width, radius, across, column))
-                visit((row - tile.top + radius) * pitch + column - tile.left + radius);
+// The numbers of the positions beyond the image that mirror pixel i of the tile, by reflection `down` of its
+// row and all those of its column; -1 for one that there is not. Returns whether there may be any.
+__device__ inline bool find_mirrored(const Shape& shape, const Tile& tile, int radius, int i,
+                                     int down, int (&numbers)[IMAGES<true>]) {
+    const Beyond beyond{tile.rows, tile.columns, radius};
+    int row, column;
+    if (!image<true>(tile.top + i / tile.filled, shape.height, radius, down, row)) return false;
+#pragma unroll
+    for (int across = 0; across < IMAGES<true>; ++across) {
+        const bool exists =
+            image<true>(tile.left + i % tile.filled, shape.width, radius, across, column) &&
+            down + across > 0;
+        numbers[across] = exists ? beyond.number(row - tile.top, column - tile.left) : -1;
     }
+    return true;
 }
 
 // Lets the block's warps share the products of all regions but the middle one.

@@ -127,6 +127,7 @@ struct Arrays {
 template <int WT>
 __device__ inline void stage_rows(const Arrays<WT>& arrays, const Half* rectified,
                                   const Shape& shape, const Tile& tile) {
+#pragma unroll 4
     for (int i = threadIdx.x; i < arrays.pixels * WT; i += blockDim.x) {
         const int row = i / WT, chunk = i % WT * 8;
         *reinterpret_cast<Vector<unsigned, 4>*>(arrays.hidden + row * HIDDEN_PITCH<WT> + chunk) =
@@ -174,21 +175,24 @@ __global__ void __launch_bounds__(THREADS, 2)
         const Tile tile(shape, number, true);
         const long long before = static_cast<long long>(tile.n) * shape.pixels();
         const int columns = tile.filled + 2 * RADIUS;
-        __syncthreads();
-        float factor = stage_values<T, true, MOST>(
-            arrays.values, arrays.most, value + before * shape.value_pitch, shape.value_pitch, shape,
-            tile, RADIUS, part * CHANNELS);
-        stage_rows(arrays, rectified + before * WT * CHANNELS, shape, tile);
-        unsigned own[M][2][SHARE], most = 0;
+        // Loaded with what is staged.
+        unsigned own[M][2][SHARE];
 #pragma unroll
         for (int j = 0; j < 2 * M; ++j) {
             const int i = (warp * M + j / 2) * PIXELS + lane / 4 * 2 + j % 2;
             auto& pairs = own[j / 2][j % 2];
             load_gradients(pairs, grad + (before + tile.pixel(shape, i)) * shape.grad_pitch,
                            part * CHANNELS + lane % 4 * 2, tile.exists(i), shape);
-#pragma unroll
-            for (int g = 0; g < SHARE; ++g) most = larger<T>(most, pairs[g] & 0x7fff7fff);
         }
+        __syncthreads();
+        float factor = stage_values<T, true, MOST>(
+            arrays.values, arrays.most, value + before * shape.value_pitch, shape.value_pitch, shape,
+            tile, RADIUS, part * CHANNELS);
+        stage_rows(arrays, rectified + before * WT * CHANNELS, shape, tile);
+        unsigned most = 0;
+#pragma unroll
+        for (int k = 0; k < 2 * M * SHARE; ++k)
+            most = larger<T>(most, own[k / SHARE / 2][k / SHARE % 2][k % SHARE] & 0x7fff7fff);
         float scale, inverse;
         scale_of<MOST>(most_of_block<T>(most, arrays.most), scale, inverse);
         factor *= inverse;

@@ -7,6 +7,10 @@
 constexpr int THREADS = 256;
 constexpr int LANES = 16;  // that join the sums of a block's threads
 
+// Threads for the statistics of a channel and row of taps: images of few taps are large, here.
+template <int K>
+constexpr int WIDE_THREADS = K == 3 ? 1024 : THREADS;
+
 // Sums over images and summed squares of every element of an image, less its channel's first value:
 // partials[(share * 2 + moment) * elements + pixel * channels + c], images being dealt out to shares.
 template <typename T>
@@ -22,7 +26,7 @@ __global__ void __launch_bounds__(THREADS)
     const T* from = image + element / channels * pitch + channel;
     const double pivot = widen(image[channel]);
     double sum = 0, squares = 0;
-#pragma unroll 4
+#pragma unroll 16
     for (int n = share; n < images; n += shares) {
         const double x = widen(from[n * step]) - pivot;
         sum += x;
@@ -35,7 +39,7 @@ __global__ void __launch_bounds__(THREADS)
 // Statistics from the moments of both images, each of `shares` parts: a block has one channel and one row
 // of taps, or (row number K) the query. Means and variances lie in the order of the relation.
 template <typename T, int K>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(WIDE_THREADS<K>)
     patchwise_statistics(const T* query, const T* key, const double* of_query, const double* of_key,
                          float* mean, float* variance, int images, int height, int width,
                          int relation, int shares) {
@@ -49,6 +53,7 @@ __global__ void __launch_bounds__(THREADS)
         const int down = is_query ? 1 : readings(i / width, height, dy, K / 2);
         if (down == 0) continue;
         double own[2] = {};
+#pragma unroll 4
         for (int share = 0; share < shares; ++share)
 #pragma unroll
             for (int k = 0; k < 2; ++k)
@@ -61,12 +66,12 @@ __global__ void __launch_bounds__(THREADS)
         }
     }
 #pragma unroll
-    for (int k = 0; k < 2 * K; ++k) shared[k * THREADS + threadIdx.x] = sums[k];
+    for (int k = 0; k < 2 * K; ++k) shared[k * WIDE_THREADS<K> + threadIdx.x] = sums[k];
     __syncthreads();
     double joined = 0;
     if (threadIdx.x < 2 * K * LANES)
-        for (int i = 0; i < THREADS / LANES; ++i)
-            joined += shared[threadIdx.x / LANES * THREADS + threadIdx.x % LANES + i * LANES];
+        for (int i = 0; i < WIDE_THREADS<K> / LANES; ++i)
+            joined += shared[threadIdx.x / LANES * WIDE_THREADS<K> + threadIdx.x % LANES + i * LANES];
     __syncthreads();
     shared[threadIdx.x] = joined;
     __syncthreads();

@@ -6,6 +6,10 @@
 constexpr int KEY_PITCH = PIXELS + 8;  // of staged pixels with 16 channels
 constexpr int TILES_AT_ONCE = 16;      // whose sums are kept in registers: tensor cores round downwards
 
+// Blocks of 7 warps that a multiprocessor is to hold, RESIDENT in patchwise_relations.py.
+template <int WT>
+constexpr int RESIDENT = WT <= 2 ? 4 : WT == 4 ? 3 : 2;
+
 // Sums of 16 channels of the relation at one tap: times the relation, and times 1.
 template <int WT>
 struct Sums {
@@ -67,7 +71,7 @@ __device__ inline void load_line(const Half* affine, int number, int lane, unsig
 // (QUERY), whose pixels the warps share. It takes the tiles `number`, that plus `blocks`, and so on, and
 // writes its sums (a warp's, of the query) to partials[(number * taps + tap) * tiles + channels / 16].
 template <typename T, int K, int WT, bool QUERY>
-__global__ void __launch_bounds__(K * 32)
+__global__ void __launch_bounds__(K * 32, RESIDENT<WT>)
     patchwise_weight_gradient(const T* image, const float* units, const Half* affine,
                               const Half* gradient, float* partials, Shape shape, int blocks) {
     constexpr int RADIUS = QUERY ? 0 : K / 2, WIDTH = WT * CHANNELS;
@@ -105,6 +109,7 @@ __global__ void __launch_bounds__(K * 32)
         stage_relation(staged, KEY_PITCH, image + before * pitch, pitch, Units(units, QUERY, tiles),
                        shape, tile.top + dy - RADIUS, tile.left - RADIUS, tile.rows, columns,
                        channels * PIXELS, 2);
+#pragma unroll 4
         for (int i = threadIdx.x; i < pixels * WT; i += blockDim.x) {
             const int pixel = i / WT, chunk = i % WT * 8;
             Vector<unsigned, 4> values{};

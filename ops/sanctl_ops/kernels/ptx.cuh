@@ -82,17 +82,9 @@ __device__ inline unsigned multiply_halves(unsigned a, unsigned b) {
 // one is not.
 __device__ inline void add_where(unsigned halves, float first, float second, float& sum,
                                  float& other) {
-    asm("{\n"
-        ".reg .pred low, high;\n"
-        ".reg .b32 lower;\n"
-        "and.b32 lower, %2, 0xffff;\n"
-        "setp.ne.u32 low, lower, 0;\n"
-        "setp.gt.u32 high, %2, 0xffff;\n"
-        "@low add.f32 %0, %0, %3;\n"
-        "@high add.f32 %1, %1, %4;\n"
-        "}"
+    asm("{.reg .pred p, q; setp.neu.f16x2 p|q, %2, %3; @p add.f32 %0, %0, %4; @q add.f32 %1, %1, %5;}"
         : "+f"(sum), "+f"(other)
-        : "r"(halves), "f"(first), "f"(second));
+        : "r"(halves), "r"(0), "f"(first), "f"(second));
 }
 
 // The larger ones of two pairs; of a NaN and a number, the number.
