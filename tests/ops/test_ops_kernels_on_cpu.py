@@ -124,6 +124,19 @@ def test_patchwise_kernels_agree_with_autograd(
 
 
 @pytest.mark.usefixtures("_kernels_on_cpu")
+def test_patchwise_kernels_read_no_channels_beyond_the_weights() -> None:
+    """Weight channels are filled up to a power of two of tiles, whatever lies beside them."""
+    case = PatchwiseCase("filled", 3, 4, 3, relation=4, hidden=24, share=1, batch=1)
+    x = case.inputs().to("cpu", torch.float16, torch.float32)
+    beside = torch.full((1, 32, 3, 4), torch.nan, dtype=torch.float16)
+    beside = beside.contiguous(memory_format=torch.channels_last)
+    value = beside[:, :24].copy_(x.value.detach())
+    out = patchwise_attention(x.query, x.key, value, *x.arguments[3:]).out
+    gradients = torch.autograd.grad(out, [x.query, x.weight2], torch.ones_like(out))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.usefixtures("_kernels_on_cpu")
 def test_patchwise_kernels_keep_to_the_channels_of_an_image() -> None:
     """Relations are filled up to whole tiles, whatever lies beside them in memory."""
     case = PatchwiseCase("filled", 3, 4, 3, relation=8, hidden=9, share=1, batch=1)

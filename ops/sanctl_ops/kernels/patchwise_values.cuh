@@ -11,7 +11,7 @@
 // The bits of a pixel's first 8 channels, of which `count` exist, two in a word; zeros beyond.
 template <typename T>
 __device__ inline Vector<unsigned, 4> load_bits(const T* pixel, int count, int vector) {
-    if (vector == 8) return *reinterpret_cast<const Vector<unsigned, 4>*>(pixel);
+    if (vector == 8 && count > 0) return *reinterpret_cast<const Vector<unsigned, 4>*>(pixel);
     Vector<unsigned, 4> words;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
