@@ -39,6 +39,10 @@ def patchwise_attention(
     CVPR 2020, section 3.2). Neither direction holds relations or weights of more than a few images.
     Windows have stride 1, borders are mirrored, and two runs give the same bits.
 
+    The kernels multiply halves, which have as many digits as TF32, and add up in float32, weighed
+    values of one row of taps in halves. They take float32 only where products may be rounded to
+    TF32 (`torch.set_float32_matmul_precision`).
+
     Args:
         query: (N, rel, H, W), float16, bfloat16, float32 or float64, in any memory layout.
         key: like query.
@@ -83,6 +87,7 @@ def patchwise_attention_obstacle(
     """Return why no kernels of its own run `patchwise_attention`, or None where they do.
 
     Without them the operator is made of the other operators and of torch's, a few images at a time.
+    Of float32 the answer changes with `torch.set_float32_matmul_precision`.
 
     Args:
         query: (N, rel, H, W).

@@ -116,6 +116,7 @@ def main() -> None:
                 shape,
                 dtype=dtype,
             )
+    torch.set_float32_matmul_precision("high")
     hidden_channels = (2, *(8 * tiles for tiles in HIDDEN_TILES))
     for dtype, size in itertools.product(DTYPES, SAME_KERNEL_SIZES):
         if dtype in patchwise_plan.DTYPES:

@@ -190,6 +190,7 @@ def test_launches_fit_the_declarations_and_are_all_compiled(launches: Launches) 
             inputs = draw(case).converted("cpu", dtype, torch.float32)
             out = fused(inputs).out
             torch.autograd.grad(out, inputs.leaves, torch.zeros_like(out))
+    torch.set_float32_matmul_precision("high")
     hidden_channels = (2, *(8 * tiles for tiles in HIDDEN_TILES))
     for dtype, hidden, size in itertools.product(patchwise_plan.DTYPES, hidden_channels, (3, 5, 7)):
         x = PatchwiseCase("", 9, 8, size, relation=hidden * 2, hidden=hidden).inputs()

@@ -11,7 +11,14 @@ from kernels_on_cpu import Launcher
 from op_cases import OPERATORS, Case, laid_out
 from pairwise_oracle import PairwiseCase, distance, draw, fused, gradients, unfused
 from patchwise_cases import Case as PatchwiseCase
-from patchwise_cases import attended, away_from_kinks, differentiated, distances, expected
+from patchwise_cases import (
+    Inputs,
+    attended,
+    away_from_kinks,
+    differentiated,
+    distances,
+    expected,
+)
 from pooling_cases import PoolingCase, assert_same_nans, decided
 from pooling_cases import composed as pooled_by_torch
 from pooling_cases import differentiated as pooled_gradients
@@ -121,6 +128,60 @@ def test_patchwise_kernels_agree_with_autograd(
     assert len(launcher.launched) > launched + 20
     # Images are rounded to their type; all else comes of sums of products of halves.
     assert max(far.values()) < (3e-3 if dtype == torch.bfloat16 else 1.5e-3), far
+
+
+# Pixels of one access and of several; one channel, two or eight by one access; far from zero, where
+# halves need a pivot of few digits, and farther, where they need many.
+FLOAT32_CASES = [
+    PatchwiseCase("narrow, far", 18, 5, 3, batch=1, offset=100),
+    PatchwiseCase("tiles", 15, 5, 3, relation=5, hidden=3, share=5, batch=1),
+    PatchwiseCase("wide", 4, 5, 3, 20, 12, 3, 1, training=False, layout="sliced"),
+    PatchwiseCase("far", 8, 9, 3, 16, 8, batch=1, offset=100),
+]
+FARTHER = PatchwiseCase("farther", 8, 9, 3, 16, 8, batch=1, offset=3e4)
+
+
+def errors_in_float32(x: Inputs, launcher: Launcher) -> dict[str, float]:
+    """Run the kernels with TF32 allowed, and return how far they are from the truth."""
+    torch.set_float32_matmul_precision("high")
+    truth = x.to("cpu", torch.float64, torch.float64)
+    out = expected(truth)
+    grad = torch.randn_like(out).float()
+    launched = len(launcher.launched)
+    far = distances(attended(x, grad), differentiated(truth, out, grad.double()))
+    assert len(launcher.launched) > launched + 20
+    return far
+
+
+@pytest.mark.usefixtures("_kernels_on_cpu")
+@pytest.mark.parametrize("case", FLOAT32_CASES, ids=lambda case: case.name)
+def test_patchwise_kernels_are_as_exact_in_float32_as_in_halves(
+    case: PatchwiseCase, launcher: Launcher
+) -> None:
+    x = away_from_kinks(case, "cpu", torch.float16).to("cpu", torch.float32, torch.float32)
+    far = errors_in_float32(x, launcher)
+    assert max(far.values()) < 1.5e-3, far
+
+
+@pytest.mark.usefixtures("_kernels_on_cpu")
+@pytest.mark.parametrize("case", [FLOAT32_CASES[-1], FARTHER], ids=lambda case: case.name)
+def test_patchwise_kernels_round_float32_to_halves(case: PatchwiseCase, launcher: Launcher) -> None:
+    far = errors_in_float32(away_from_kinks(case, "cpu", torch.float32), launcher)
+    # What the first ReLU keeps may change by it, which shows before it.
+    before = {name: far.pop(name) for name in ("query", "key", "norm1.weight", "norm1.bias")}
+    assert max(far.values()) < 2e-3, far
+    assert max(before.values()) < 4e-2, before
+
+
+@pytest.mark.usefixtures("_kernels_on_cpu")
+def test_patchwise_kernels_leave_float32_exact_without_tf32(launcher: Launcher) -> None:
+    x = FLOAT32_CASES[1].inputs().to("cpu", torch.float32, torch.float32)
+    truth = x.to("cpu", torch.float64, torch.float64)
+    out = expected(truth)
+    launched = len(launcher.launched)
+    far = distances(attended(x, torch.ones_like(x.value)), differentiated(truth, out, out * 0 + 1))
+    assert not any("patchwise" in kernel.source for kernel in launcher.launched[launched:])
+    assert max(far.values()) < 1e-5, far
 
 
 @pytest.mark.usefixtures("_kernels_on_cpu")

@@ -62,6 +62,21 @@ def test_float32(case: Case, device: str) -> None:
     check(case.inputs().to(device, torch.float32, torch.float32), 1e-3)
 
 
+@pytest.mark.parametrize("case", [*CASES, HOSTILE[0]], ids=lambda case: case.name)
+@each_device
+def test_float32_where_tf32_is_allowed(case: Case, device: str) -> None:
+    torch.set_float32_matmul_precision("high")
+    # Images that are exact as halves: in so few pixels, one decision of the first ReLU would show.
+    x = away_from_kinks(case, device, torch.float16).to(device, torch.float32, torch.float32)
+    truth = x.to("cpu", torch.float64, torch.float64)
+    out = expected(truth)
+    grad = torch.randn_like(out)
+    far = distances(attended(x, grad.to(device)), differentiated(truth, out, grad))
+    # Few gradients are summed up for its two channels, and may cancel out.
+    assert far.pop("norm2.weight") < 2e-2
+    assert max(far.values()) < 3e-3, far
+
+
 def by_autocast(x: Inputs, grad: Tensor) -> dict[str, Tensor]:
     """Run the definition under autocast, as a network in its dtype does."""
     with torch.autocast(x.query.device.type, x.query.dtype):
@@ -111,9 +126,11 @@ def test_running_statistics_are_returned_as_they_are() -> None:
     assert all(a.equal(b) for a, b in zip(result[1:], statistics, strict=True) if b is not None)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @each_device
-def test_two_runs_are_bit_identical(device: str) -> None:
-    x = Case("", 12, 12, 7, 16, 8, batch=5).inputs().to(device, torch.bfloat16, torch.float32)
+def test_two_runs_are_bit_identical(dtype: torch.dtype, device: str) -> None:
+    torch.set_float32_matmul_precision("high")
+    x = Case("", 12, 12, 7, 16, 8, batch=5).inputs().to(device, dtype, torch.float32)
     grad = torch.ones_like(x.value)
     first, second = attended(x, grad), attended(x, grad)
     assert all(first[name].equal(second[name]) for name in first)
@@ -235,16 +252,14 @@ def test_unusable_arguments(changed: dict[str, Any], message: str) -> None:
 SAN10_LAYER = Sizes(256, 28, 28, relation=32, hidden=16, share=8, kernel_size=7)
 
 
-def reason(**changed: int) -> str | None:
+def reason(dtype: torch.dtype = torch.bfloat16, **changed: int) -> str | None:
     sizes = Sizes(**{**vars(SAN10_LAYER), **changed})
-    return patchwise_plan.obstacle(torch.bfloat16, sizes)
+    return patchwise_plan.obstacle(dtype, sizes)
 
 
 def test_a_reason_tells_why_no_kernels_run() -> None:
     assert reason() is None
-    assert "take float16 and bfloat16, not float32" in str(
-        patchwise_plan.obstacle(torch.float32, SAN10_LAYER)
-    )
+    assert "float16, bfloat16 and float32, not float64" in str(reason(torch.float64))
     assert "3, 5 and 7 taps, not 9" in str(reason(kernel_size=9))
     assert "not 128 shared by 8" in str(reason(hidden=128))
     assert "not 16 shared by 16" in str(reason(share=16))
@@ -252,6 +267,14 @@ def test_a_reason_tells_why_no_kernels_run() -> None:
     assert "do not take 1000000 such images" in str(reason(images=1000000))
     x = CASES[0].inputs()
     assert "CUDA device, not cpu" in str(patchwise_attention_obstacle(x.query, x.value, 2, 3))
+
+
+def test_float32_products_are_exact_unless_tf32_is_allowed() -> None:
+    assert "asked to be exact; allowing TF32, or mixed precision" in str(reason(torch.float32))
+    torch.backends.cuda.matmul.allow_tf32 = True
+    assert reason(torch.float32) is None
+    torch.set_float32_matmul_precision("highest")
+    assert reason(torch.float32) is not None
 
 
 @pytest.mark.parametrize("sides", [(4, 4), (5, 31), (15, 17), (7, 7), (112, 112), (29, 211)])

@@ -7,10 +7,10 @@
 constexpr int THREADS = 256;
 
 // Values of 16 bits less their pivot are exact as halves in most cases: where the mean is small, there is
-// no pivot, and else it has few digits.
+// no pivot, and else it has few digits. It has enough of them to lie within `size` of the mean.
 __device__ inline double pivot_of(double mean, double size) {
     if (!(fabs(mean) > 2 * size)) return mean - mean;  // 0, or NaN
-    const double step = exp2(floor(log2(fabs(mean))) - 8);
+    const double step = exp2(min(floor(log2(fabs(mean))) - 8, floor(log2(size))));
     return rint(mean / step) * step;
 }
 

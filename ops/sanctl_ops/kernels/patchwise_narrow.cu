@@ -25,11 +25,11 @@ __device__ inline void write_pixel(const Sums& sums, float factor, T* pixel, con
         return write_values(held, factor, pixel, 0, shape);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        Vector<unsigned, 4> words;
+        Vector<pair_t<T>, 4> pairs;
 #pragma unroll
         for (int g = 0; g < 4; ++g)
-            words.at[g] = pack<T>(held[0][half * 4 + g] * factor, held[1][half * 4 + g] * factor);
-        reinterpret_cast<Vector<unsigned, 4>*>(pixel)[half] = words;
+            pairs.at[g] = paired<T>(held[0][half * 4 + g] * factor, held[1][half * 4 + g] * factor);
+        reinterpret_cast<Vector<pair_t<T>, 4>*>(pixel)[half] = pairs;
     }
 }
 

@@ -21,25 +21,21 @@ __device__ inline const Vector<unsigned, 4>& staged_values(const Half* staged, i
     return *reinterpret_cast<const Vector<unsigned, 4>*>(staged + narrow_place(pixel, w));
 }
 
-// All values of a pixel, a word for both weight channels' values number g.
+// All values of a pixel, a pair for both weight channels' values number g.
 template <typename T>
-__device__ inline void load_pixel(unsigned (&pairs)[SHARE], const T* pixel, bool exists,
+__device__ inline void load_pixel(pair_t<T> (&pairs)[SHARE], const T* pixel, bool exists,
                                   const Shape& shape) {
     if (exists && shape.value_vector == 8) {
-        const auto words = reinterpret_cast<const Vector<unsigned, 4>*>(pixel);
-        const Vector<unsigned, 4> halves[2] = {words[0], words[1]};
+        const auto halves = reinterpret_cast<const Vector<pair_t<T>, 4>*>(pixel);
+        const Vector<pair_t<T>, 4> both[2] = {halves[0], halves[1]};
 #pragma unroll
-        for (int g = 0; g < SHARE; ++g) pairs[g] = halves[g / 4].at[g % 4];
+        for (int g = 0; g < SHARE; ++g) pairs[g] = both[g / 4].at[g % 4];
         return;
     }
 #pragma unroll
-    for (int g = 0; g < SHARE; ++g) {
-        pairs[g] = 0;
-        if (!exists || g >= shape.share) continue;
-        pairs[g] = pixel[g * shape.hidden].bits;
-        if (shape.hidden == WIDE)
-            pairs[g] |= static_cast<unsigned>(pixel[g * WIDE + 1].bits) << 16;
-    }
+    for (int g = 0; g < SHARE; ++g)
+        pairs[g] = load_pair(pixel + g * shape.hidden,
+                             exists && g < shape.share ? shape.hidden : 0);
 }
 
 // The values of either weight channel side by side.
@@ -51,36 +47,43 @@ __device__ inline void part(const unsigned (&pairs)[SHARE], Vector<unsigned, 4> 
     }
 }
 
+// Stages all values of a pixel.
+__device__ inline void store_parted(Half* to, int pixel, const unsigned (&pairs)[SHARE]) {
+    Vector<unsigned, 4> values[WIDE];
+    part(pairs, values);
+#pragma unroll
+    for (int w = 0; w < WIDE; ++w)
+        *reinterpret_cast<Vector<unsigned, 4>*>(to + narrow_place(pixel, w)) = values[w];
+}
+
 // As stage_values does.
 template <typename T, bool REFLECT, int LIMIT>
 __device__ inline float stage_pixels(Half* to, float* most, const T* image, int image_pitch,
                                      const Shape& shape, const Tile& tile) {
-    const int columns = tile.filled + 2 * RADIUS, pixels = (tile.rows + 2 * RADIUS) * columns;
-    unsigned largest = 0;
-#pragma unroll 3
-    for (Walk at(threadIdx.x, blockDim.x, columns); at.place < pixels; at.next()) {
-        const int y = source<REFLECT>(tile.top - RADIUS + at.row, shape.height);
-        const int x = source<REFLECT>(tile.left - RADIUS + at.column, shape.width);
-        const bool exists = y >= 0 && x >= 0;
-        unsigned pairs[SHARE];
-        Vector<unsigned, 4> values[WIDE];
-        load_pixel(pairs, image + static_cast<long long>(y * shape.width + x) * image_pitch, exists,
-                   shape);
-        part(pairs, values);
+    constexpr bool FITS = sizeof(T) == sizeof(Half);
+    Largest<T> largest;
+    visit_pixels<REFLECT, 3>(
+        image, image_pitch, shape, tile, RADIUS, [&](int place, const T* pixel, bool exists) {
+            pair_t<T> pairs[SHARE];
+            load_pixel(pairs, pixel, exists, shape);
 #pragma unroll
-        for (int w = 0; w < WIDE; ++w) {
-            largest = larger_than<T>(largest, values[w]);
-            *reinterpret_cast<Vector<unsigned, 4>*>(to + narrow_place(at.place, w)) = values[w];
-        }
-    }
+            for (int g = 0; g < SHARE; ++g) largest.add(pairs[g]);
+            if constexpr (FITS) store_parted(to, place, pairs);
+        });
     float scale, inverse;
-    scale_of<LIMIT>(most_of_block<T>(largest, most), scale, inverse);
-    for (int i = threadIdx.x; i < pixels * WIDE; i += blockDim.x) {
-        auto& values = reinterpret_cast<Vector<unsigned, 4>*>(to)[i];
-        Vector<unsigned, 4> converted = values;
+    scale_of<LIMIT>(most_of_block(largest.value(), most), scale, inverse);
+    if constexpr (FITS) {
+        scale_staged<T>(to, (tile.rows + 2 * RADIUS) * (tile.filled + 2 * RADIUS) * PIXEL, scale);
+    } else {
+        visit_pixels<REFLECT, 3>(
+            image, image_pitch, shape, tile, RADIUS, [&](int place, const T* pixel, bool exists) {
+                pair_t<T> pairs[SHARE];
+                unsigned halves[SHARE];
+                load_pixel(pairs, pixel, exists, shape);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) converted.at[e] = scaled<T>(converted.at[e], scale);
-        values = converted;
+                for (int g = 0; g < SHARE; ++g) halves[g] = scaled<T>(pairs[g], scale);
+                store_parted(to, place, halves);
+            });
     }
     return inverse;
 }

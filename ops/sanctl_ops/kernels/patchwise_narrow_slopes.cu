@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(THREADS, 2)
         const long long before = static_cast<long long>(tile.n) * shape.pixels();
         const int columns = tile.filled + 2 * RADIUS;
         // Loaded with what is staged.
-        unsigned pairs[2][SHARE], own[2], most = 0;
+        pair_t<T> pairs[2][SHARE];
+        unsigned own[2];
 #pragma unroll
         for (int next = 0; next < 2; ++next) {
             const long long pixel = before + tile.pixel(shape, i + next);
@@ -32,20 +33,21 @@ __global__ void __launch_bounds__(THREADS, 2)
         float factor = stage_pixels<T, true, MOST>(arrays.values, arrays.most,
                                                    value + before * shape.value_pitch,
                                                    shape.value_pitch, shape, tile);
+        Largest<T> largest;
 #pragma unroll
-        for (int g = 0; g < 2 * SHARE; ++g)
-            most = larger<T>(most, pairs[g / SHARE][g % SHARE] & 0x7fff7fff);
+        for (int g = 0; g < 2 * SHARE; ++g) largest.add(pairs[g / SHARE][g % SHARE]);
         float scale, inverse;
-        scale_of<MOST>(most_of_block<T>(most, arrays.most), scale, inverse);
+        scale_of<MOST>(most_of_block(largest.value(), arrays.most), scale, inverse);
         factor *= inverse;
         const int corner = tile.place(i, RADIUS) - RADIUS * columns - RADIUS;
 #pragma unroll 1
         for (int next = 0; next < 2; ++next) {
             const float hidden[2] = {first_of<Half>(own[0]), second_of<Half>(own[0])};
+            unsigned halves[SHARE];
             Vector<unsigned, 4> slopes[WIDE];
 #pragma unroll
-            for (int g = 0; g < SHARE; ++g) pairs[0][g] = scaled<T>(pairs[0][g], scale);
-            part(pairs[0], slopes);
+            for (int g = 0; g < SHARE; ++g) halves[g] = scaled<T>(pairs[0][g], scale);
+            part(halves, slopes);
             // A loop of two rounds keeps the code short, and arrays in registers have no index.
             own[0] = own[1];
 #pragma unroll

@@ -22,7 +22,7 @@ SHAPE = np.dtype(
         )
     ]
 )
-DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # As in patchwise.cuh.
 PIXELS, CHANNELS, SHARE = 16, 8, 8
 VALUES = CHANNELS * SHARE
@@ -189,7 +189,13 @@ def obstacle(
     """Return why the kernels do not take such tensors, or None if they do."""
     if dtype not in DTYPES:
         name = str(dtype).removeprefix("torch.")
-        return f"the kernels of patchwise attention take float16 and bfloat16, not {name}"
+        return f"the kernels of patchwise attention take float16, bfloat16 and float32, not {name}"
+    # The products are of halves, which have as many digits as TF32.
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return (
+            "float32 products are asked to be exact; allowing TF32, or mixed precision, lets the "
+            "kernels of patchwise attention run"
+        )
     if sizes.kernel_size not in SAME_KERNEL_SIZES:
         return f"the kernels of patchwise attention take 3, 5 and 7 taps, not {sizes.kernel_size}"
     if sizes.hidden > MOST_HIDDEN or sizes.share > SHARE:

@@ -22,31 +22,27 @@ constexpr int TOGETHER = WT == 8 ? 1 : 2;
 template <int WT>
 constexpr int ROWS_OF_SECOND = WT == 1 ? 1 : WT / 2 + 1;
 
-// Two neighbouring channels of one pixel's gradient.
-template <typename T>
-__device__ inline unsigned load_pair(const T* from, int count, int vector) {
-    if (vector > 1) return *reinterpret_cast<const unsigned*>(from);
-    return from[0].bits | (count > 1 ? static_cast<unsigned>(from[1].bits) << 16 : 0);
-}
-
 // The gradients of the values that a lane has: of two pixels and two weight channels.
 using Gradients = unsigned[2][2][SHARE / 2];
 
 // Those of one pixel as they are; zeros where there are none. `channel` is the first weight channel.
 template <typename T>
-__device__ inline void load_gradients(unsigned (&pairs)[SHARE], const T* pixel, int channel,
+__device__ inline void load_gradients(pair_t<T> (&pairs)[SHARE], const T* pixel, int channel,
                                       bool exists, const Shape& shape) {
     const int count = exists ? shape.hidden - channel : 0;
 #pragma unroll
-    for (int g = 0; g < SHARE; ++g)
-        pairs[g] = count > 0 && g < shape.share
-                       ? load_pair(pixel + g * shape.hidden + channel, count, shape.value_vector)
-                       : 0;
+    for (int g = 0; g < SHARE; ++g) {
+        const T* from = pixel + g * shape.hidden + channel;
+        pairs[g] = pair_t<T>{};
+        if (count <= 0 || g >= shape.share) continue;
+        pairs[g] = shape.value_vector > 1 ? *reinterpret_cast<const pair_t<T>*>(from)
+                                          : load_pair(from, count);
+    }
 }
 
 // The same as scaled halves, the values that share a weight side by side.
 template <typename T>
-__device__ inline void turn(const unsigned (&pairs)[SHARE], float scale,
+__device__ inline void turn(const pair_t<T> (&pairs)[SHARE], float scale,
                             unsigned (&gradients)[2][SHARE / 2]) {
 #pragma unroll
     for (int g = 0; g < SHARE; g += 2) {
@@ -176,7 +172,7 @@ __global__ void __launch_bounds__(THREADS, 2)
         const long long before = static_cast<long long>(tile.n) * shape.pixels();
         const int columns = tile.filled + 2 * RADIUS;
         // Loaded with what is staged.
-        unsigned own[M][2][SHARE];
+        pair_t<T> own[M][2][SHARE];
 #pragma unroll
         for (int j = 0; j < 2 * M; ++j) {
             const int i = (warp * M + j / 2) * PIXELS + lane / 4 * 2 + j % 2;
@@ -189,12 +185,12 @@ __global__ void __launch_bounds__(THREADS, 2)
             arrays.values, arrays.most, value + before * shape.value_pitch, shape.value_pitch, shape,
             tile, RADIUS, part * CHANNELS);
         stage_rows(arrays, rectified + before * WT * CHANNELS, shape, tile);
-        unsigned most = 0;
+        Largest<T> largest;
 #pragma unroll
         for (int k = 0; k < 2 * M * SHARE; ++k)
-            most = larger<T>(most, own[k / SHARE / 2][k / SHARE % 2][k % SHARE] & 0x7fff7fff);
+            largest.add(own[k / SHARE / 2][k / SHARE % 2][k % SHARE]);
         float scale, inverse;
-        scale_of<MOST>(most_of_block<T>(most, arrays.most), scale, inverse);
+        scale_of<MOST>(most_of_block(largest.value(), arrays.most), scale, inverse);
         factor *= inverse;
         Gradients held[M];
 #pragma unroll

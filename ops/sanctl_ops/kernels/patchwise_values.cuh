@@ -7,54 +7,10 @@
 #pragma once
 
 #include "patchwise.cuh"
-
-// The bits of a pixel's first 8 channels, of which `count` exist, two in a word; zeros beyond.
-template <typename T>
-__device__ inline Vector<unsigned, 4> load_bits(const T* pixel, int count, int vector) {
-    if (vector == 8 && count > 0) return *reinterpret_cast<const Vector<unsigned, 4>*>(pixel);
-    Vector<unsigned, 4> words;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-        const unsigned low = 2 * e < count ? pixel[2 * e].bits : 0;
-        const unsigned high = 2 * e + 1 < count ? pixel[2 * e + 1].bits : 0;
-        words.at[e] = low | high << 16;
-    }
-    return words;
-}
-
-template <typename T>
-__device__ inline float first_of(unsigned pair) {
-    return to_float(T{static_cast<unsigned short>(pair)});
-}
-
-template <typename T>
-__device__ inline float second_of(unsigned pair) {
-    return to_float(T{static_cast<unsigned short>(pair >> 16)});
-}
-
-template <>
-__device__ inline float second_of<BFloat16>(unsigned pair) {
-    return __uint_as_float(pair & 0xffff0000);
-}
-
-// Where the values of weight channel w lie for a staged pixel: every second pair of pixels has its
-// channels in pairs exchanged, so that lanes read from different banks.
-__device__ inline int value_place(int pixel, int w) {
-    return pixel * VALUES + (w ^ (pixel >> 1 & 1)) * SHARE;
-}
-
-// The larger one of `most` and the values without their sign.
-template <typename T>
-__device__ inline unsigned larger_than(unsigned most, const Vector<unsigned, 4>& values) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) most = larger<T>(most, values.at[e] & 0x7fff7fff);
-    return most;
-}
+#include "patchwise_pairs.cuh"
 
 // The largest of what all threads hold; `shared` has room for a float of every warp.
-template <typename T>
-__device__ inline float most_of_block(unsigned pair, float* shared) {
-    float own = fmaxf(first_of<T>(pair), second_of<T>(pair));
+__device__ inline float most_of_block(float own, float* shared) {
     for (int apart = 16; apart > 0; apart /= 2)
         own = fmaxf(own, __shfl_xor_sync(~0u, own, apart));
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = own;
@@ -64,53 +20,97 @@ __device__ inline float most_of_block(unsigned pair, float* shared) {
     return own;
 }
 
-// Two values, scaled, as halves.
+// Where the values of weight channel w lie for a staged pixel: every second pair of pixels has its
+// channels in pairs exchanged, so that lanes read from different banks.
+__device__ inline int value_place(int pixel, int w) {
+    return pixel * VALUES + (w ^ (pixel >> 1 & 1)) * SHARE;
+}
+
+// Stages CHANNELS x SHARE values of a pixel with those that share a weight side by side.
+__device__ inline void store_turned(Half* to, int pixel, const Vector<unsigned, 4> (&from)[SHARE]) {
+#pragma unroll
+    for (int w = 0; w < CHANNELS; ++w) {
+        Vector<unsigned, 4> turned;
+#pragma unroll
+        for (int g = 0; g < SHARE; g += 2)
+            turned.at[g / 2] = __byte_perm(from[g].at[w / 2], from[g + 1].at[w / 2],
+                                           w % 2 == 0 ? 0x5410 : 0x7632);
+        *reinterpret_cast<Vector<unsigned, 4>*>(to + value_place(pixel, w)) = turned;
+    }
+}
+
+// Scales what is staged as pairs of T.
 template <typename T>
-__device__ inline unsigned scaled(unsigned pair, float scale) {
-    return pack<Half>(first_of<T>(pair) * scale, second_of<T>(pair) * scale);
+__device__ inline void scale_staged(Half* staged, int count, float scale) {
+    for (int i = threadIdx.x; i < count / 8; i += blockDim.x) {
+        auto& values = reinterpret_cast<Vector<unsigned, 4>*>(staged)[i];
+        Vector<unsigned, 4> converted = values;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) converted.at[e] = scaled<T>(converted.at[e], scale);
+        values = converted;
+    }
+}
+
+// Hands every place of a tile with `halo` pixels around to take(place, its pixel, whether that exists).
+template <bool REFLECT, int UNROLL, typename T, typename Take>
+__device__ inline void visit_pixels(const T* image, int image_pitch, const Shape& shape,
+                                    const Tile& tile, int halo, Take take) {
+    const int columns = tile.filled + 2 * halo, pixels = (tile.rows + 2 * halo) * columns;
+#pragma unroll UNROLL
+    for (Walk at(threadIdx.x, blockDim.x, columns); at.place < pixels; at.next()) {
+        const int y = source<REFLECT>(tile.top - halo + at.row, shape.height);
+        const int x = source<REFLECT>(tile.left - halo + at.column, shape.width);
+        const bool exists = y >= 0 && x >= 0;
+        take(at.place,
+             image + (exists ? static_cast<long long>(y * shape.width + x) : 0) * image_pitch, exists);
+    }
 }
 
 // Stages a tile of values, or of their gradient, with `halo` pixels around: of CHANNELS weight channels
 // from `first` on, the SHARE value channels of each side by side. Around the image there are reflections
 // or zeros. Returns by what to multiply sums of them, which were taken to less than 2^MOST.
+//
+// Values of 16 bits are scaled where they are staged. Those of 32 bits do not fit there: they are loaded
+// twice, at first for their scale alone.
 template <typename T, bool REFLECT, int MOST>
 __device__ inline float stage_values(Half* to, float* most, const T* image, int image_pitch,
                                      const Shape& shape, const Tile& tile, int halo, int first) {
-    const int columns = tile.filled + 2 * halo, pixels = (tile.rows + 2 * halo) * columns;
+    constexpr bool FITS = sizeof(T) == sizeof(Half);
     const int count = shape.hidden - first;
-    unsigned largest = 0;
-    for (Walk at(threadIdx.x, blockDim.x, columns); at.place < pixels; at.next()) {
-        const int y = source<REFLECT>(tile.top - halo + at.row, shape.height);
-        const int x = source<REFLECT>(tile.left - halo + at.column, shape.width);
-        const bool exists = y >= 0 && x >= 0;
-        const T* pixel = image + (exists ? static_cast<long long>(y * shape.width + x) : 0) *
-                                     image_pitch + first;
-        Vector<unsigned, 4> from[SHARE];
+    const auto load_share = [&](const T* pixel, bool exists, int g) {
+        return exists && g < shape.share
+                   ? load_pairs(pixel + g * shape.hidden, count, shape.value_vector)
+                   : Vector<pair_t<T>, 4>{};
+    };
+    Largest<T> largest;
+    visit_pixels<REFLECT, 1>(
+        image + first, image_pitch, shape, tile, halo, [&](int place, const T* pixel, bool exists) {
+            Vector<pair_t<T>, 4> from[SHARE];
 #pragma unroll
-        for (int g = 0; g < SHARE; ++g) {
-            from[g] = exists && g < shape.share
-                          ? load_bits(pixel + g * shape.hidden, count, shape.value_vector)
-                          : Vector<unsigned, 4>{};
-            largest = larger_than<T>(largest, from[g]);
-        }
+            for (int g = 0; g < SHARE; ++g) {
+                from[g] = load_share(pixel, exists, g);
 #pragma unroll
-        for (int w = 0; w < CHANNELS; ++w) {
-            Vector<unsigned, 4> turned;
-#pragma unroll
-            for (int g = 0; g < SHARE; g += 2)
-                turned.at[g / 2] = __byte_perm(from[g].at[w / 2], from[g + 1].at[w / 2],
-                                               w % 2 == 0 ? 0x5410 : 0x7632);
-            *reinterpret_cast<Vector<unsigned, 4>*>(to + value_place(at.place, w)) = turned;
-        }
-    }
+                for (int e = 0; e < 4; ++e) largest.add(from[g].at[e]);
+            }
+            if constexpr (FITS) store_turned(to, place, from);
+        });
     float scale, inverse;
-    scale_of<MOST>(most_of_block<T>(largest, most), scale, inverse);
-    for (int i = threadIdx.x; i < pixels * CHANNELS; i += blockDim.x) {
-        auto& values = reinterpret_cast<Vector<unsigned, 4>*>(to)[i];
-        Vector<unsigned, 4> converted = values;
+    scale_of<MOST>(most_of_block(largest.value(), most), scale, inverse);
+    if constexpr (FITS) {
+        scale_staged<T>(to, (tile.rows + 2 * halo) * (tile.filled + 2 * halo) * VALUES, scale);
+    } else {
+        visit_pixels<REFLECT, 1>(
+            image + first, image_pitch, shape, tile, halo,
+            [&](int place, const T* pixel, bool exists) {
+                Vector<unsigned, 4> halves[SHARE];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) converted.at[e] = scaled<T>(converted.at[e], scale);
-        values = converted;
+                for (int g = 0; g < SHARE; ++g) {
+                    const auto from = load_share(pixel, exists, g);
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) halves[g].at[e] = scaled<T>(from.at[e], scale);
+                }
+                store_turned(to, place, halves);
+            });
     }
     return inverse;
 }
@@ -175,7 +175,7 @@ __device__ inline void write_values(const float (&held)[2][SHARE], float factor,
         if (g >= shape.share || channel >= shape.hidden) continue;
         const float first = held[0][g] * factor, second = held[1][g] * factor;
         if (shape.hidden % 2 == 0) {
-            *reinterpret_cast<unsigned*>(to) = pack<T>(first, second);
+            *reinterpret_cast<pair_t<T>*>(to) = paired<T>(first, second);
         } else {
             to[0] = narrow<T>(first);
             if (channel + 1 < shape.hidden) to[1] = narrow<T>(second);
