@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sanctl.config.load import (
@@ -317,10 +317,6 @@ plain = st.recursive(
 )
 
 
-patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-
-@patient
 @given(st.dictionaries(st.sampled_from(KEYS), plain, max_size=8))
 def test_any_values_are_taken_or_refused(values: dict[str, Any]) -> None:
     sections: dict[str, dict[str, Any]] = {}
@@ -338,7 +334,6 @@ texts = st.text(min_size=1, max_size=12).filter(lambda text: text.isprintable())
 rates = st.floats(min_value=1e-12, max_value=1e6)
 
 
-@patient
 @given(
     data=st.fixed_dictionaries(
         {"data_root": texts, "classes": st.integers(2, 10**6)},

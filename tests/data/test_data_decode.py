@@ -275,7 +275,7 @@ def test_an_error_survives_pickling() -> None:
     assert error.exit_status == 2
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     kind=st.sampled_from(["jpeg", "png", "gif", "webp", "tiff lzw", "bmp", "ppm"]),
     edits=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=6),
@@ -294,7 +294,7 @@ def test_damage_gives_pixels_or_an_image_error(
         assert pixels.shape[2] == channels
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.binary(max_size=300), channels=st.sampled_from([1, 3]))
 def test_noise_is_not_an_image(data: bytes, channels: int) -> None:
     with pytest.raises(ImageError):

@@ -35,7 +35,7 @@ TREE = st.dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(TREE, st.sets(st.sampled_from(["notes.txt", "cls.csv", "x.pt"])))
 def test_index_is_that_of_torchvision(tree: dict[str, list[str]], extra: set[str]) -> None:
     with tempfile.TemporaryDirectory() as name:

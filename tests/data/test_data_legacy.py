@@ -102,7 +102,7 @@ def test_a_list_alone_has_numbers_for_names(tmp_path: Path, save: Save) -> None:
     assert (old.classes, old.images, old.targets) == (["0", "1", "2"], IMAGES, TARGETS)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.binary(max_size=300), st.integers(0, 5)), min_size=1))
 def test_any_bytes_come_back(tmp_path_factory: pytest.TempPathFactory, samples: Any) -> None:
     path = tmp_path_factory.mktemp("old") / "train_imgs.pt"

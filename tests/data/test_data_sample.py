@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from file_trees import write_classes
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sanctl.data.index import ImageIndex, index_folder, load_index, save_index
@@ -33,7 +33,6 @@ def by_class(index: ImageIndex) -> dict[str, set[str]]:
     return found
 
 
-@settings(deadline=None)
 @given(COUNTS, st.data())
 def test_a_number_of_each_class(counts: dict[str, int], data: st.DataObject) -> None:
     index = make_index(counts)
@@ -47,7 +46,6 @@ def test_a_number_of_each_class(counts: dict[str, int], data: st.DataObject) -> 
     assert [s for s in index.samples if s in set(part.samples)] == part.samples
 
 
-@settings(deadline=None)
 @given(COUNTS, st.floats(0.01, 1))
 def test_a_share_of_each_class(counts: dict[str, int], frac: float) -> None:
     part = sample_index(make_index(counts), frac=frac)
@@ -56,7 +54,6 @@ def test_a_share_of_each_class(counts: dict[str, int], frac: float) -> None:
         assert abs(len(paths) - counts[name] * frac) <= max(0.5, 1 - counts[name] * frac) + 1e-9
 
 
-@settings(deadline=None)
 @given(COUNTS, st.data())
 def test_random_classes_numbered_anew(counts: dict[str, int], data: st.DataObject) -> None:
     index = make_index(counts)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from file_trees import write_classes
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sanctl.data.index import ImageIndex, index_folder, load_index, save_index
@@ -54,7 +54,6 @@ def possible(count: int, wanted: list[float]) -> bool:
     return sum(low) <= count <= sum(high)
 
 
-@settings(deadline=None)
 @given(COUNTS, RATIOS, st.integers(0, 2**40))
 def test_parts_hold_every_image_once_and_keep_the_ratio_in_every_class(
     counts: dict[str, int], ratios: list[float], seed: int
@@ -75,7 +74,6 @@ def test_parts_hold_every_image_once_and_keep_the_ratio_in_every_class(
             assert abs(size - count * share) <= 1 + 1e-9
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(st.text("abc", min_size=1), st.integers(3, 20), min_size=1),
     st.integers(0, 9),

@@ -28,7 +28,7 @@ def test_whole_files_are_read(reader: Reader, whole: list[bytes], folder: Path) 
     assert {outcome(reader, data, folder) for data in whole} == {"read"}
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 99), splices, kept)
 def test_damaged_files_are_read_or_refused(
     reader: Reader, whole: list[bytes], folder: Path, which: int, cuts: list[Splice], share: float
@@ -38,7 +38,7 @@ def test_damaged_files_are_read_or_refused(
     outcome(reader, damaged_inside(data, which, cuts, share), folder)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
 @given(st.binary(max_size=200))
 def test_noise_is_read_or_refused(reader: Reader, folder: Path, data: bytes) -> None:
     outcome(reader, data, folder)

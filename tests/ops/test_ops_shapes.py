@@ -36,7 +36,7 @@ def has_meaning(case: Case) -> bool:
     return mirrored and last_tap < side + 2 * case.padding
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(case=cases(), name=st.sampled_from(sorted(OPERATORS)))
 def test_any_shape(case: Case, name: str) -> None:
     operator = OPERATORS[name]
