@@ -43,9 +43,9 @@ def pairwise_attention(
     This is pairwise self-attention with the subtraction relation (Zhao et al., CVPR 2020, sections
     3.1 and 4.1). Nothing with rel * K * K values per pixel is stored. Sums of float16 and bfloat16
     values are kept in float32 and those for statistics in float64; two runs give the same bits.
-    Kernels multiply halves: float32 planes run on them only where torch allows TF32, whose mantissas
-    are as short, for products of matrices (`torch.backends.cuda.matmul`), and give results in
-    float32 with errors of about 1e-3.
+    Kernels multiply halves: they take float32 planes only where torch allows TF32, whose mantissas
+    are as short, for products of matrices (`torch.backends.cuda.matmul`). Results are float32 then,
+    with errors of about 1e-3.
 
     Args:
         query: (N, rel, H, W), float16, bfloat16, float32 or float64, in any memory layout, as all
