@@ -43,6 +43,9 @@ def pairwise_attention(
     This is pairwise self-attention with the subtraction relation (Zhao et al., CVPR 2020, sections
     3.1 and 4.1). Nothing with rel * K * K values per pixel is stored. Sums of float16 and bfloat16
     values are kept in float32 and those for statistics in float64; two runs give the same bits.
+    Kernels multiply halves: they take float32 planes only where torch allows TF32, whose mantissas
+    are as short, for products of matrices (`torch.backends.cuda.matmul`). Results are float32 then,
+    with errors of about 1e-3.
 
     Args:
         query: (N, rel, H, W), float16, bfloat16, float32 or float64, in any memory layout, as all
@@ -86,7 +89,8 @@ def pairwise_attention_obstacle(
 ) -> str | None:
     """Say why no kernels of its own run `pairwise_attention` on such tensors; None if they do.
 
-    Without them the operator is computed by formulas in torch, some images at a time.
+    Without them the operator is computed by formulas in torch, some images at a time. So it is with
+    float32 planes where TF32 is not allowed, and with float64 ones.
 
     Args:
         query: (N, rel, H, W).
@@ -277,8 +281,9 @@ def _pairwise_backward(
     """Return the gradients of query, key, value, position, norm1, weight1, norm2 and weight2."""
     norm1 = Norm(norm_weight1, norm_bias1, mean1, variance1, eps1)
     norm2 = Norm(norm_weight2, norm_bias2, mean2, variance2, eps2)
-    layout = _layout(query, value, weight2, kernel_size)
-    if layout is not None:
+    # What the forward pass has saved decides: TF32 may have been allowed or forbidden since.
+    if folded.numel() > 0:
+        layout = layout_of(query, value, weight2.shape[0], kernel_size)
         packed = Packed(first, second, back)
         saved = Saved(gram, folded, affine, packed, logits, log_sums, most_value)
         planes = Planes(query, key, position)

@@ -93,6 +93,8 @@ def run_pooling(dtype: torch.dtype, image_channels: int | None, running: bool) -
 def main() -> None:
     """Run all, and fail if a kernel that may be asked for was not launched."""
     sanctl_ops.set_backend("cupy")
+    # Without it, kernels whose products are of halves take no float32 planes.
+    torch.backends.cuda.matmul.allow_tf32 = True
     launched: set[runtime.Kernel] = set()
 
     def launch(kernel: runtime.Kernel, *arguments: Any) -> None:

@@ -26,6 +26,7 @@ from sanctl_ops import kernels
 from sanctl_ops.checks import DTYPES
 from sanctl_ops.kernels import (
     geometry,
+    pairwise_layout,
     pairwise_planes,
     pairwise_tiles,
     patchwise_plan,
@@ -173,6 +174,7 @@ def run(operator: Operator, case: Case, dtype: torch.dtype) -> None:
 
 
 def test_launches_fit_the_declarations_and_are_all_compiled(launches: Launches) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
     for dtype in DTYPES:
         for operator in OPERATORS.values():
             for case in (*CASES, *SAME_CASES):
@@ -185,7 +187,7 @@ def test_launches_fit_the_declarations_and_are_all_compiled(launches: Launches) 
         pooled_inputs = draw_pooled(pooling_case).to("cpu", dtype, torch.float32)
         out, *_ = pooled(pooled_inputs)
         torch.autograd.grad(out, pooled_inputs.leaves, torch.zeros_like(out))
-    for dtype in (torch.float16, torch.bfloat16):
+    for dtype in pairwise_layout.DTYPES:
         for case in PAIRWISE_CASES:
             inputs = draw(case).converted("cpu", dtype, torch.float32)
             out = fused(inputs).out

@@ -212,18 +212,22 @@ def test_patchwise_kernels_keep_to_the_channels_of_an_image() -> None:
 
 # Channels that are padded, weights that repeat in a quad of lanes, a last tile of fewer rows; and
 # taps two at once, with one left over.
+REPEATED = PairwiseCase("repeated", 12, 4, 9, 15, 3, batch=1, layout="channels_last")
 PAIRWISE_CASES = [
-    PairwiseCase("repeated", 12, 4, 9, 15, 3, batch=1, layout="channels_last"),
-    PairwiseCase("two taps", 64, 32, 6, 9, 3, group=2, batch=1),
+    (torch.bfloat16, REPEATED),
+    (torch.float32, REPEATED),
+    (torch.bfloat16, PairwiseCase("two taps", 64, 32, 6, 9, 3, group=2, batch=1)),
 ]
 
 
 @pytest.mark.usefixtures("_kernels_on_cpu")
-@pytest.mark.parametrize("case", PAIRWISE_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("dtype", "case"), PAIRWISE_CASES, ids=[f"{d}-{c.name}" for d, c in PAIRWISE_CASES]
+)
 def test_kernels_of_pairwise_attention(
-    case: PairwiseCase, launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, case: PairwiseCase, launcher: Launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dtype = torch.bfloat16
+    torch.backends.cuda.matmul.allow_tf32 = True
     inputs = draw(case).converted("cpu", dtype, torch.float32)
     launched = len(launcher.launched)
     out = fused(inputs).out
@@ -233,7 +237,7 @@ def test_kernels_of_pairwise_attention(
     monkeypatch.undo()
     exact = inputs.converted("cpu", torch.float64, torch.float64)
     kept = inputs.converted("cpu", dtype, torch.float32)
-    out, rounded = unfused(exact), unfused(kept, dtype)
+    out, rounded = unfused(exact), unfused(kept, torch.bfloat16)
     expected = {"out": out} | gradients(out, exact, grad)
     autocast = {"out": rounded} | gradients(rounded, kept, grad)
     del found["bias2"]
@@ -241,6 +245,49 @@ def test_kernels_of_pairwise_attention(
         apart = distance(actual, expected[name])
         assert apart < distance(autocast[name], expected[name]) + 2**-9, name
         assert apart < 0.1, name
+
+
+# Few enough values that rounding puts none on the other side of a ReLU.
+DECIDED = PairwiseCase("decided", 4, 2, 9, 6, 5, layout="sliced")
+
+
+@pytest.mark.usefixtures("_kernels_on_cpu")
+@pytest.mark.parametrize("offset", [0, 100])
+def test_float32_planes_of_pairwise_attention(offset: float, launcher: Launcher) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    drawn = draw(DECIDED, lambda query, key: (query + offset, key - offset))
+    inputs = drawn.converted("cpu", torch.float32, torch.float32)
+    launched = len(launcher.launched)
+    out = fused(inputs).out
+    grad = torch.randn(out.shape)
+    assert len({kernel.source for kernel in launcher.launched[launched:]}) == 5
+    # What the kernels have saved is theirs, whatever is allowed later.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    found = {"out": out} | gradients(out, inputs, grad)
+    exact = inputs.converted("cpu", torch.float64, torch.float64)
+    out = unfused(exact)
+    expected = {"out": out} | gradients(out, exact, grad)
+    del found["bias2"]
+    for name, actual in found.items():
+        # Positive and negative terms of parameters' gradients nearly cancel.
+        bound = 1.5e-3 if name in ("out", "query", "key", "value", "position") else 5e-3
+        assert distance(actual, expected[name]) < bound, name
+    assert all(actual.dtype == torch.float32 for actual in found.values())
+
+
+@pytest.mark.usefixtures("_kernels_on_cpu")
+def test_exact_products_of_float32_stay_with_the_formulas(launcher: Launcher) -> None:
+    inputs = draw(DECIDED).converted("cpu", torch.float32, torch.float32)
+    launched = len(launcher.launched)
+    out = fused(inputs).out
+    grad = torch.randn(out.shape)
+    found = {"out": out} | gradients(out, inputs, grad)
+    assert len(launcher.launched) == launched
+    exact = inputs.converted("cpu", torch.float64, torch.float64)
+    out = unfused(exact)
+    expected = {"out": out} | gradients(out, exact, grad)
+    del found["bias2"]
+    assert max(distance(actual, expected[name]) for name, actual in found.items()) < 1e-5
 
 
 POOLING_CASES = [

@@ -25,11 +25,12 @@ from sanctl_ops import (
     pairwise_attention_obstacle,
     pairwise_formulas,
 )
-from sanctl_ops.kernels.pairwise_layout import Layout
+from sanctl_ops.kernels.pairwise_layout import DTYPES, Layout
 from sanctl_ops.kernels.pairwise_tiles import obstacle
 
 each_device = pytest.mark.parametrize("device", DEVICES)
 each_case = pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
+MATMUL = torch.backends.cuda.matmul
 PLAIN = PairwiseCase("plain", 8, 4, 9, 10, 5, batch=3)
 
 
@@ -91,13 +92,15 @@ def test_hostile_planes(spoil, device: str) -> None:  # type: ignore[no-untyped-
 @each_case
 @each_device
 def test_float32(case: PairwiseCase, device: str) -> None:
+    MATMUL.allow_tf32 = False
     assert_agrees(draw(case).converted(device, torch.float32, torch.float32), 1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spoil", [None, *HOSTILE[:2]], ids=["plain", "far", "nearly_constant"])
 @each_device
 def test_no_further_from_the_truth_than_autocast(spoil, dtype, device: str) -> None:  # type: ignore[no-untyped-def]
+    MATMUL.allow_tf32 = True
     drawn = draw(PLAIN, spoil) if spoil else draw(PLAIN)
     assert_no_further_than_autocast(drawn.converted(device, dtype, torch.float32), dtype)
 
@@ -115,9 +118,10 @@ LAYERS = [
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=[c.name for c in LAYERS])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("device", DEVICES[1:])
 def test_kernels_for_every_layer(case: PairwiseCase, dtype: torch.dtype, device: str) -> None:
+    MATMUL.allow_tf32 = True
     inputs = draw(case).converted(device, dtype, torch.float32)
     arguments = (inputs.query, inputs.value, case.shared, case.kernel_size)
     assert pairwise_attention_obstacle(*arguments) is None
@@ -130,6 +134,11 @@ def test_obstacles_are_told() -> None:
 
     assert told(4, 2, 16, 3) is None
     assert "float64" in str(obstacle(torch.float64, Layout(2, 6, 5, 4, 2, 16, 3)))
+    layout = Layout(2, 6, 5, 4, 2, 16, 3)
+    MATMUL.allow_tf32 = False
+    assert "exact; allowing TF32, or mixed precision" in str(obstacle(torch.float32, layout))
+    MATMUL.allow_tf32 = True
+    assert obstacle(torch.float32, layout) is None
     assert "kernel_size" in str(told(4, 2, 16, 9))
     assert "16 weight channels" in str(told(4, 16, 128, 3))
     assert "share a weight" in str(told(4, 2, 4, 3))

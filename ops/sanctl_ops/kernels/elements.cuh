@@ -47,9 +47,9 @@ __device__ inline bool passes(A output) {
     return !(output <= 0);
 }
 
-// V neighbours in memory, moved by one instruction where they take 16 bytes or fewer.
+// V neighbours in memory, moved by one instruction where they take 16 bytes or fewer, else by several.
 template <typename T, int V>
-struct alignas(sizeof(T) * V) Vector {
+struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Vector {
     T at[V];
 };
 

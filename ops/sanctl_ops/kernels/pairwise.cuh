@@ -137,17 +137,23 @@ struct KeyWalk {
     __device__ unsigned step(int i, int j) const { return (i * K + j) * for_tap + i * for_row; }
 };
 
-// Hands every pixel of a staged tile to visit(where in the tile, number in the plane, existing).
-template <int K, bool KEYS, typename Visit>
-__device__ inline void visit_staged(const Place& place, const Tiling& tiling, int first, int step,
-                                    Visit visit) {
-    constexpr int BEFORE = KEYS ? K - 1 : K / 2;
-    const int count = (tiling.rows + K - 1) * tiling.staged.divisor;
-    for (int i = first; i < count; i += step) {
-        unsigned line = i;
+// Pixels of a staged tile.
+template <int K>
+__device__ inline int staged_pixels(const Tiling& tiling) {
+    return (tiling.rows + K - 1) * tiling.staged.divisor;
+}
+
+// One of them: its number in the plane, and whether it exists.
+template <int K, bool KEYS>
+struct StagedPixel {
+    int number;
+    bool exists = true;
+
+    __device__ StagedPixel(int at, const Place& place, const Tiling& tiling) {
+        constexpr int BEFORE = KEYS ? K - 1 : K / 2;
+        unsigned line = at;
         int x = place.left - BEFORE + static_cast<int>(tiling.staged.divide(line));
         int y = place.top - BEFORE + static_cast<int>(line);
-        bool exists = true;
         if (KEYS) {
             exists = y >= 0 && y < tiling.height && x >= 0 && x < tiling.width;
             if (!exists) x = y = 0;
@@ -156,7 +162,18 @@ __device__ inline void visit_staged(const Place& place, const Tiling& tiling, in
             y = max(source<true>(y, tiling.height), 0);
             x = max(source<true>(x, tiling.width), 0);
         }
-        visit(i, y * tiling.width + x, exists);
+        number = y * tiling.width + x;
+    }
+};
+
+// Hands every pixel of a staged tile to visit(where in the tile, number in the plane, existing).
+template <int K, bool KEYS, typename Visit>
+__device__ inline void visit_staged(const Place& place, const Tiling& tiling, int first, int step,
+                                    Visit visit) {
+    const int count = staged_pixels<K>(tiling);
+    for (int i = first; i < count; i += step) {
+        const StagedPixel<K, KEYS> pixel(i, place, tiling);
+        visit(i, pixel.number, pixel.exists);
     }
 }
 

@@ -15,7 +15,7 @@ IN_TAIL = TAIL - 3
 SLOTS = (2, 4, 8)
 BLOCKS = (2, 4, 8)
 KERNEL_SIZES = (3, 5, 7)
-DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)

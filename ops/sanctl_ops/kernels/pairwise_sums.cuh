@@ -26,33 +26,53 @@ struct Channels {
           slots(slots) {}
 };
 
+// Writes 8 values as halves.
+__device__ inline void store_scaled(Half* to, float (&values)[8], float scale) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) values[e] *= scale;
+    store<8>(to, values);
+}
+
 // Stages BLOCKS blocks of a slab's channels, `pitch` halves for every pixel.
 template <typename T, int BLOCKS, int K, bool KEYS>
 __device__ inline void stage_values(const T* planes, float scale, Half* to, const Place& place,
                                     const Tiling& tiling, int channels, int step, int slab) {
     constexpr int PITCH = BLOCKS * 8 + 8;
-    const int block = threadIdx.x % BLOCKS;
+    const int block = threadIdx.x % BLOCKS, first = threadIdx.x / BLOCKS, apart = blockDim.x / BLOCKS;
     const T* image = planes + static_cast<long long>(place.n) * tiling.height * tiling.width * channels +
                      slab * 8 + block * step;
-    const auto visit = [&](auto each) {
-        visit_staged<K, KEYS>(place, tiling, threadIdx.x / BLOCKS, blockDim.x / BLOCKS,
-                              [&](int at, int number, bool exists) {
-                                  each(to + at * PITCH + block * 8, number, exists);
-                              });
-    };
-    visit([&](Half* at, int number, bool exists) {
-        copy_or_clear<8>(reinterpret_cast<T*>(at), image + number * channels, exists);
-    });
-    end_group();
-    wait_for_groups<0>();
-    // Every thread converts what it has copied itself.
-    visit([&](Half* at, int, bool) {
-        float values[8];
-        load<8>(reinterpret_cast<const T*>(at), values);
+    to += block * 8;
+    if constexpr (sizeof(T) == sizeof(Half)) {
+        visit_staged<K, KEYS>(place, tiling, first, apart, [&](int at, int number, bool exists) {
+            copy_or_clear<8>(reinterpret_cast<T*>(to + at * PITCH), image + number * channels, exists);
+        });
+        end_group();
+        wait_for_groups<0>();
+        // Every thread converts what it has copied itself.
+        visit_staged<K, KEYS>(place, tiling, first, apart, [&](int at, int, bool) {
+            float values[8];
+            load<8>(reinterpret_cast<const T*>(to + at * PITCH), values);
+            store_scaled(to + at * PITCH, values, scale);
+        });
+    } else {
+        // A copy would take more room than halves: some pixels are read at once, then written.
+        constexpr int AT_ONCE = 4;
+        const int count = staged_pixels<K>(tiling);
+        for (int i = first; i < count; i += AT_ONCE * apart) {
+            float values[AT_ONCE][8] = {};
 #pragma unroll
-        for (int e = 0; e < 8; ++e) values[e] *= scale;
-        store<8>(at, values);
-    });
+            for (int p = 0; p < AT_ONCE; ++p) {
+                const StagedPixel<K, KEYS> pixel(min(i + p * apart, count - 1), place, tiling);
+                if (pixel.exists) load<8>(image + pixel.number * channels, values[p]);
+            }
+#pragma unroll
+            for (int p = 0; p < AT_ONCE; ++p)
+                if (i + p * apart < count)
+                    store_scaled(to + (i + p * apart) * PITCH, values[p], scale);
+        }
+        end_group();
+        wait_for_groups<0>();
+    }
     __syncthreads();
 }
 

@@ -95,7 +95,13 @@ def slope_walk(layout: Layout) -> Tiles:
 def obstacle(dtype: torch.dtype, layout: Layout) -> str | None:
     """Return why the kernels cannot take these tensors, or None if they can."""
     if dtype not in DTYPES:
-        return f"there are kernels for float16 and bfloat16, not for {dtype}"
+        return f"there are kernels for float16, bfloat16 and float32, not for {dtype}"
+    # Their products are of halves, whose mantissas are as long as those of TF32.
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return (
+            "float32 products are asked to be exact; allowing TF32, or mixed precision, lets the "
+            "kernels run"
+        )
     reason = layout.obstacle()
     if reason is not None:
         return reason
