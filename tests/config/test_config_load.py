@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sanctl.config.load import (
@@ -315,8 +315,10 @@ plain = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=5,
 )
+patient = settings(suppress_health_check=[HealthCheck.too_slow])
 
 
+@patient
 @given(st.dictionaries(st.sampled_from(KEYS), plain, max_size=8))
 def test_any_values_are_taken_or_refused(values: dict[str, Any]) -> None:
     sections: dict[str, dict[str, Any]] = {}
@@ -334,6 +336,7 @@ texts = st.text(min_size=1, max_size=12).filter(lambda text: text.isprintable())
 rates = st.floats(min_value=1e-12, max_value=1e6)
 
 
+@patient
 @given(
     data=st.fixed_dictionaries(
         {"data_root": texts, "classes": st.integers(2, 10**6)},
