@@ -284,6 +284,7 @@ def _pairwise_backward(
     # What the forward pass has saved decides: TF32 may have been allowed or forbidden since.
     if folded.numel() > 0:
         layout = layout_of(query, value, weight2.shape[0], kernel_size)
+        folded, logits, log_sums = (x.contiguous() for x in (folded, logits, log_sums))
         packed = Packed(first, second, back)
         saved = Saved(gram, folded, affine, packed, logits, log_sums, most_value)
         planes = Planes(query, key, position)

@@ -169,7 +169,11 @@ def _patchwise_attention(
     bias2: Tensor,
     kernel_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the output, means and variances, and (N, H, W, Cw) from the first convolution."""
+    """Return the output, means and variances, and the first convolution's (N, H * W, Cw).
+
+    These have 3 dimensions because tensors of 4 are planes to torch.compile, whose channels it may
+    put last.
+    """
     norm1 = Norm(norm1_weight, norm1_bias, norm1_mean, norm1_variance, eps1)
     norm2 = Norm(norm2_weight, norm2_bias, norm2_mean, norm2_variance, eps2)
     layer = Layer(norm1, weight1, norm2, weight2, bias2, kernel_size)
@@ -196,7 +200,8 @@ def _(
     out = torch.empty_like(value, memory_format=plane_format(value))
     mean1, variance1 = (query.new_empty(args[0].shape, dtype=dtype) for _ in range(2))
     mean2, variance2 = (query.new_empty(args[6].shape, dtype=dtype) for _ in range(2))
-    hidden = query.new_empty((query.shape[0], *query.shape[2:], args[6].shape[0]), dtype=dtype)
+    batch, _, height, width = query.shape
+    hidden = query.new_empty((batch, height * width, args[6].shape[0]), dtype=dtype)
     return out, mean1, variance1, mean2, variance2, hidden
 
 
@@ -236,7 +241,7 @@ def _patchwise_attention_backward(
     if sizes is None:
         return list(formulas.backward(grad, query, key, value, hidden, layer, by_batch))
     gradients = backward_kernels.backward(
-        sizes, grad, query, key, value, hidden, _parameters(layer), by_batch
+        sizes, grad, query, key, value, hidden.contiguous(), _parameters(layer), by_batch
     )
     images = (
         g.contiguous(memory_format=plane_format(x))

@@ -51,7 +51,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the output, both normalisations' means and variances, and the hidden values.
 
-    The hidden values, (N, H, W, Cw), lie between the first convolution and its normalisation.
+    The hidden values, (N, P, Cw), lie between the first convolution and its normalisation.
     """
     dtype = accumulation_dtype(query.dtype)
     layer = layer.to(dtype)
@@ -70,7 +70,6 @@ def forward(
     for part in _chunks(query, layer):
         weights = _weights(_Normalised(hidden[part].mT, norm2).relu(), layer)
         out[part] = torch.ops.sanctl.aggregation(value[part].to(dtype), weights, *layer.geometry)
-    hidden = hidden.view(batch, height, width, -1)
     return out, mean1, variance1, mean2, variance2, hidden
 
 
@@ -96,7 +95,7 @@ def backward(
     """
     dtype = accumulation_dtype(query.dtype)
     wide = layer.to(dtype)
-    hidden = hidden.flatten(1, 2).mT
+    hidden = hidden.mT
     grad_value, grad_hidden, second = _backward_to_hidden(grad, value, hidden, wide)
     normalised = _Normalised(hidden, wide.norm2)
     sums2 = normalised.sums(grad_hidden)

@@ -162,6 +162,15 @@ def laid_out(shape: tuple[int, ...], layout: str) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
 
+def last_dimension_outermost() -> torch.autograd.graph.saved_tensors_hooks:
+    """Give backward passes what was saved in another layout, as torch.compile may do."""
+
+    def stored_anew(x: Tensor) -> Tensor:
+        return x.movedim(-1, 0).contiguous().movedim(0, -1) if x.dim() > 0 else x
+
+    return torch.autograd.graph.saved_tensors_hooks(stored_anew, lambda x: x)
+
+
 def make_inputs(
     operator: Operator, case: Case, device: str, dtype: torch.dtype = torch.float64
 ) -> list[Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from kernels_on_cpu import Launcher
-from op_cases import OPERATORS, Case, laid_out
+from op_cases import OPERATORS, Case, laid_out, last_dimension_outermost
 from pairwise_oracle import PairwiseCase, distance, draw, fused, gradients, unfused
 from patchwise_cases import Case as PatchwiseCase
 from patchwise_cases import (
@@ -25,6 +25,7 @@ from pooling_cases import differentiated as pooled_gradients
 from pooling_cases import draw as draw_pooled
 from pooling_cases import fused as pooled
 from pooling_cases import truth as pooled_truth
+from test_ops_saved import Run, pairwise, patchwise
 
 import sanctl_ops
 from sanctl_ops import kernels, patchwise_attention
@@ -245,6 +246,19 @@ def test_kernels_of_pairwise_attention(
         apart = distance(actual, expected[name])
         assert apart < distance(autocast[name], expected[name]) + 2**-9, name
         assert apart < 0.1, name
+
+
+@pytest.mark.usefixtures("_kernels_on_cpu")
+@pytest.mark.parametrize("run", [pairwise, patchwise])
+def test_attention_takes_what_it_saves_in_any_layout(run: Run) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    out, leaves = run("cpu")
+    grad = torch.randn_like(out)
+    expected = torch.autograd.grad(out, leaves, grad)
+    with last_dimension_outermost():
+        out, leaves = run("cpu")
+    found = torch.autograd.grad(out, leaves, grad)
+    assert all(map(torch.equal, found, expected))
 
 
 # Few enough values that rounding puts none on the other side of a ReLU.

@@ -41,14 +41,13 @@ def forward(
 def empty_saved(query: Tensor, layout: Layout) -> Saved:
     """Return what `forward` saves, its values left open."""
     half, side = torch.float16, layout.relation + 3
-    images, slabs, _, plane, slots = layout.logits_shape
     return Saved(
         query.new_empty(side, side, dtype=torch.float64),
-        query.new_empty(2, images, plane, layout.size, dtype=half),
+        query.new_empty(layout.folded_shape, dtype=half),
         query.new_empty(2 * TAIL, dtype=half),
         empty_packed(query, layout),
         query.new_empty(layout.logits_shape, dtype=half),
-        query.new_empty(images, slabs, plane, slots, dtype=torch.float32),
+        query.new_empty(layout.sums_shape, dtype=torch.float32),
         query.new_empty(1, dtype=torch.float32),
     )
 

@@ -101,10 +101,22 @@ class Layout:
         """Relations of a channel: what the statistics are taken over."""
         return self.images * self.plane * self.taps
 
+    # What is saved has 3 dimensions: tensors of 4 are planes to torch.compile, whose channels it
+    # may put last.
     @property
-    def logits_shape(self) -> tuple[int, ...]:
+    def folded_shape(self) -> tuple[int, int, int]:
+        """Shape of the folded planes of query and key."""
+        return 2, self.images * self.plane, self.size
+
+    @property
+    def logits_shape(self) -> tuple[int, int, int]:
         """Shape of the stored logits."""
-        return self.images, self.slabs, self.taps, self.plane, self.slots
+        return self.images, self.slabs * self.taps, self.plane * self.slots
+
+    @property
+    def sums_shape(self) -> tuple[int, int, int]:
+        """Shape of the logarithms of the sums of their powers."""
+        return self.images, self.slabs, self.plane * self.slots
 
     def obstacle(self) -> str | None:
         """Return why there are no kernels for these shapes, or None."""

@@ -86,8 +86,7 @@ def fold(
         ),
         THREADS * 2 * 8,
     )
-    shape = (2, layout.images, layout.plane, layout.size)
-    folded = torch.empty(shape, dtype=torch.float16, device=device)
+    folded = torch.empty(layout.folded_shape, dtype=torch.float16, device=device)
     pixels_at_once = THREADS // (layout.size // 8)
     shares = -(-layout.plane // (pixels_at_once * FOLDED_PIXELS))
     rows = all(_is_in_rows(x) for x in planes.countable[:2])

@@ -20,7 +20,7 @@ def weigh(folded: Tensor, affine: Tensor, packed: Packed, layout: Layout) -> tup
     """Return the logits and the logarithms of the sums of their powers."""
     cut, device = relation_walk(layout), folded.device
     logits = torch.empty(layout.logits_shape, dtype=torch.float16, device=device)
-    sums = torch.empty(layout.images, layout.slabs, layout.plane, layout.slots, device=device)
+    sums = torch.empty(layout.sums_shape, device=device)
     launch(
         kernel(LOGITS, "pairwise_logits", layout.rel, layout.kernel_size),
         device,

@@ -62,11 +62,11 @@ class Saved:
 
     Attributes:
         gram: the Gram matrix of z, as `pairwise_formulas.gram` returns it.
-        folded: the folded planes of query and key, (2, N, H * W, rel + 8).
+        folded: the folded planes of query and key, (2, N * H * W, rel + 8).
         affine: factors and summands of their last 8 channels.
         packed: the weights.
-        logits: to base 2, (N, slabs, K*K, H * W, slots).
-        log_sums: logarithms to base 2 of the sums of their powers, (N, slabs, H * W, slots).
+        logits: to base 2, (N, slabs * K*K, H * W * slots).
+        log_sums: logarithms to base 2 of the sums of their powers, (N, slabs, H * W * slots).
         most_value: the largest value, disregarding signs, (1,).
     """
 

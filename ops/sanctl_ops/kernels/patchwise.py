@@ -84,9 +84,7 @@ def hidden_values(
     sizes: Sizes, query: Tensor, key: Tensor, affine: Tensor, units: Tensor, weight: Tensor
 ) -> Tensor:
     """Return what the first convolution makes of the relation, (N, H, W, Cw), float32."""
-    hidden = affine.new_empty(
-        (sizes.images, sizes.height, sizes.width, sizes.hidden), dtype=torch.float32
-    )
+    hidden = affine.new_empty((sizes.images, sizes.pixels, sizes.hidden), dtype=torch.float32)
     if sizes.narrow:
         narrow.hidden_values(sizes, query, key, (units, affine, weight), hidden)
         return hidden
