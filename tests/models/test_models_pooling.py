@@ -223,12 +223,14 @@ def test_compiles_without_a_graph_break(device: str) -> None:
 
 @pytest.mark.gpu
 @on_gpu
-def test_a_network_trains_as_by_torch() -> None:
+def test_a_network_trains_as_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
+        monkeypatch.setattr(backend, "allow_tf32", False)
     torch.manual_seed(0)
     network = build_model(model="san10_patchwise", classes=10).cuda()
     network.to(memory_format=torch.channels_last)
     other = copy.deepcopy(network).double()
-    images = drawn("cuda", 8, 3, 96, 96, dtype=torch.float32)
+    images = drawn("cuda", 8, 3, 128, 128, dtype=torch.float32)
     with Operators() as run:
         out = network(images)
     assert {STEM, TRANSITION} <= set(run.names)

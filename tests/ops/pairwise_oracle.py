@@ -106,9 +106,10 @@ class Inputs:
 def draw(
     case: PairwiseCase,
     spoil: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda q, k: (q, k),
+    seed: int = 0,
 ) -> Inputs:
     """Draw float64 inputs on the CPU; `spoil` makes query and key what they are in the end."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     planes = (case.batch, case.rel, case.height, case.width)
     query, key = spoil(laid_out(planes, case.layout) + 0.3, laid_out(planes, case.layout) * 0.7)
     value = laid_out((case.batch, case.channels, case.height, case.width), case.layout)

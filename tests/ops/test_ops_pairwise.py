@@ -101,8 +101,11 @@ def test_float32(case: PairwiseCase, device: str) -> None:
 @each_device
 def test_no_further_from_the_truth_than_autocast(spoil, dtype, device: str) -> None:  # type: ignore[no-untyped-def]
     MATMUL.allow_tf32 = True
-    drawn = draw(PLAIN, spoil) if spoil else draw(PLAIN)
-    assert_no_further_than_autocast(drawn.converted(device, dtype, torch.float32), dtype)
+    as_drawn = [spoil] if spoil else []
+    # Which side of a ReLU rounding puts a value on is chance, which a few draws even out.
+    drawn = [draw(PLAIN, *as_drawn, seed=seed) for seed in range(4)]
+    inputs = [each.converted(device, dtype, torch.float32) for each in drawn]
+    assert_no_further_than_autocast(inputs, dtype)
 
 
 # Those of SAN10, on planes of several tiles, one of them ragged, and others.
@@ -125,7 +128,7 @@ def test_kernels_for_every_layer(case: PairwiseCase, dtype: torch.dtype, device:
     inputs = draw(case).converted(device, dtype, torch.float32)
     arguments = (inputs.query, inputs.value, case.shared, case.kernel_size)
     assert pairwise_attention_obstacle(*arguments) is None
-    assert_no_further_than_autocast(inputs, dtype)
+    assert_no_further_than_autocast([inputs], dtype)
 
 
 def test_obstacles_are_told() -> None:
@@ -148,17 +151,25 @@ def test_obstacles_are_told() -> None:
     assert "CUDA device, not cpu" in str(pairwise_attention_obstacle(*sizes))
 
 
-def assert_no_further_than_autocast(inputs: Inputs, dtype: torch.dtype) -> None:
-    """Hold the results against what the definition gives if it keeps all tensors in bfloat16."""
+def assert_no_further_than_autocast(drawn: list[Inputs], dtype: torch.dtype) -> None:
+    """Hold mean errors against those of the definition that keeps all tensors in bfloat16."""
+    errors = [_errors_and_autocasts(inputs, dtype) for inputs in drawn]
+    for name in errors[0].keys() - {"bias2"}:
+        found, autocast = (sum(each[name][i] for each in errors) / len(drawn) for i in (0, 1))
+        assert found < autocast + 1e-3, name
+
+
+def _errors_and_autocasts(inputs: Inputs, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
     pairs = both(inputs)
     kept = inputs.converted("cpu", dtype, torch.float32)
     out = unfused(kept, torch.bfloat16)
     torch.manual_seed(1)
     grad = torch.randn(out.shape, dtype=torch.float64).to(dtype)
     autocast = {"out": out} | gradients(out, kept, grad)
-    for name, (actual, expected) in pairs.items():
-        if name != "bias2":
-            assert distance(actual, expected) < distance(autocast[name], expected) + 1e-3, name
+    return {
+        name: (distance(actual, expected), distance(autocast[name], expected))
+        for name, (actual, expected) in pairs.items()
+    }
 
 
 @each_case
