@@ -13,3 +13,11 @@ def fresh_compiler() -> Iterator[None]:
     with torch.compiler.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
         yield
     torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True)
+def _same_precision() -> Iterator[None]:
+    """Let no test decide for the next one whether products may be rounded."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = allowed
