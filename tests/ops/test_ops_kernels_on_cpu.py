@@ -25,7 +25,7 @@ from pooling_cases import differentiated as pooled_gradients
 from pooling_cases import draw as draw_pooled
 from pooling_cases import fused as pooled
 from pooling_cases import truth as pooled_truth
-from test_ops_saved import Run, pairwise, patchwise
+from saved_cases import Run, pairwise, patchwise
 
 import sanctl_ops
 from sanctl_ops import kernels, patchwise_attention
