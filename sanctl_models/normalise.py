@@ -4,17 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sanctl_ops import Norm, batch_norm_relu
+from sanctl_ops import Norm, batch_norm_relu, batch_norm_relu_obstacle
 
 
 def normalise_relu(batch_norm: nn.Module, x: Tensor) -> Tensor:
     """Return relu(batch_norm(x)), x being (N, C, H, W).
 
     On CUDA and with the statistics of the batch, a plain nn.BatchNorm2d is applied by
-    `sanctl_ops.batch_norm_relu` to contiguous planes: it takes one pass less than the two modules,
-    and keeps the GPU busy where channels are few. Buffers are updated as the module does it itself;
-    its hooks are not called. Any other module, such as nn.SyncBatchNorm, is called, and planes in
-    another layout are left to it.
+    `sanctl_ops.batch_norm_relu` where that has kernels, to contiguous and channels_last planes: it
+    takes one pass less than the two modules, and keeps the GPU busy where channels are few. Buffers
+    are updated as the module does it itself; its hooks are not called. Any other module, such as
+    nn.SyncBatchNorm, is called, and planes in another layout are left to it.
 
     Args:
         batch_norm: the normalisation of C channels.
@@ -52,7 +52,8 @@ def normalises_by_batch(batch_norm: nn.BatchNorm2d) -> bool:
 def _is_for_the_operator(batch_norm: nn.BatchNorm2d, x: Tensor) -> bool:
     # The module itself knows what to do with, or say to, channels of one value or none.
     plain = normalises_by_batch(batch_norm) and is_affine(batch_norm)
-    return plain and x.is_contiguous() and x.numel() > x.shape[1]
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return plain and dense and x.numel() > x.shape[1] and batch_norm_relu_obstacle(x) is None
 
 
 def is_affine(batch_norm: nn.BatchNorm2d) -> bool:

@@ -2,11 +2,11 @@
 
 `subtraction`, `subtraction2`, `concatenation` and `aggregation` make up the self-attention networks
 of Zhao, Jia and Koltun, "Exploring Self-attention for Image Recognition" (CVPR 2020), and
-`batch_norm_relu` serves the layers that make their weights. `patchwise_attention` is what they make
-up with the concatenation relation, in one operator. `conv_norm_pool` and `norm_pool` are what
-stands before the first stage of these networks and between any two. They are custom operators
-(`torch.ops.sanctl`): torch.compile passes through them, forward and backward, without a graph
-break. torch's FLOP counter knows them, and counts no batch normalisation of any kind.
+`batch_norm_relu` serves their blocks and the layers that make their weights. `pairwise_attention`
+and `patchwise_attention` are what they make up, each in one operator; `conv_norm_pool` and
+`norm_pool` what stands before the first stage of these networks and between any two. They are
+custom operators (`torch.ops.sanctl`): torch.compile passes through them, forward and backward,
+without a graph break. torch's FLOP counter knows them, and counts no batch normalisation.
 """
 
 from sanctl_ops.aggregation import aggregation
@@ -19,7 +19,7 @@ from sanctl_ops.backend import (
     set_backend,
     use_backend,
 )
-from sanctl_ops.batch_norm_relu import batch_norm_relu
+from sanctl_ops.batch_norm_relu import batch_norm_relu, batch_norm_relu_obstacle
 from sanctl_ops.concatenation import concatenation
 from sanctl_ops.conv_norm_pool import conv_norm_pool, conv_norm_pool_obstacle
 from sanctl_ops.norm_pool import norm_pool, norm_pool_obstacle
@@ -35,6 +35,7 @@ __all__ = [
     "Norm",
     "aggregation",
     "batch_norm_relu",
+    "batch_norm_relu_obstacle",
     "choose_backend",
     "concatenation",
     "conv_norm_pool",

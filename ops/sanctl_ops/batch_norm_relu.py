@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sanctl_ops.backend import runs_kernels
+from sanctl_ops.backend import choose_backend, runs_kernels
+from sanctl_ops.batch_norm_relu_channels_last import batch_norm_relu_channels_last
 from sanctl_ops.checks import check_channel_values, check_image
 from sanctl_ops.kernels import batch_norm_relu as kernels
-from sanctl_ops.window import accumulation_dtype
+from sanctl_ops.kernels import channels as by_channels
+from sanctl_ops.window import accumulation_dtype, plane_format
 
 
 def batch_norm_relu(
@@ -18,8 +20,9 @@ def batch_norm_relu(
 
     `out = max(0, (x - mean) / sqrt(var + eps) * weight + bias)`, as batch normalisation does while
     training (Ioffe and Szegedy, ICML 2015, algorithm 1) with a ReLU behind it. A NaN stays one. The
-    CUDA kernels are made for few channels with large planes, which torch's own spread over few
-    multiprocessors. Two runs give the same bits.
+    CUDA kernels for contiguous tensors are made for few channels with large planes, which torch's
+    own spread over few multiprocessors; those for channels_last read and write at the speed of the
+    memory. Two runs give the same bits.
 
     Args:
         x: (N, C, H, W), not empty; float16, bfloat16, float32 or float64, in any memory layout.
@@ -28,9 +31,9 @@ def batch_norm_relu(
         eps: what is added to the variance.
 
     Returns:
-        The output, (N, C, H, W), contiguous, of x's dtype; the mean and the biased variance of
-        every channel, (C,), in float64 if x is, else in float32. Gradients flow from the output to
-        x (contiguous), weight and bias; the mean and the variance have none.
+        The output, (N, C, H, W), channels_last if x is, else contiguous, of x's dtype; the mean and
+        the biased variance of every channel, (C,), in float64 if x is, else in float32. Gradients
+        flow from the output to x (likewise), weight and bias; mean and variance have none.
 
     Raises:
         ValueError: x is not 4-d, empty, or of another type; weight or bias is not (C,), of another
@@ -42,8 +45,28 @@ def batch_norm_relu(
         raise ValueError(f"x {tuple(x.shape)} has no values to normalise")
     check_channel_values("weight", weight, x)
     check_channel_values("bias", bias, x)
-    out, mean, variance, _ = _batch_norm_relu(x, weight, bias, eps)
+    is_last = plane_format(x) == torch.channels_last
+    operator = batch_norm_relu_channels_last if is_last else _batch_norm_relu
+    out, mean, variance, _ = operator(x, weight, bias, eps)
     return out, mean, variance
+
+
+def batch_norm_relu_obstacle(x: Tensor) -> str | None:
+    """Return why no kernels run `batch_norm_relu` on (N, C, H, W), or None where they do.
+
+    Raises:
+        BackendError: the CuPy kernels are asked for by name and cannot run on x's device.
+    """
+    return _obstacle(x.device, x.dtype, x.shape[1], plane_format(x) == torch.channels_last)
+
+
+# torch.compile asks once for channels, and need not look into it; it may see any number of images.
+@torch.compiler.assume_constant_result
+def _obstacle(device: torch.device, dtype: torch.dtype, channels: int, is_last: bool) -> str | None:
+    choice = choose_backend(device)
+    if choice.name == "torch":
+        return choice.reason
+    return by_channels.obstacle(dtype, channels, "batch_norm_relu") if is_last else None
 
 
 @torch.library.custom_op("sanctl::batch_norm_relu", mutates_args=())

@@ -12,6 +12,7 @@ from sanctl_ops.attention import Norm
 from sanctl_ops.attention_checks import check_norm
 from sanctl_ops.backend import choose_backend, runs_kernels
 from sanctl_ops.checks import check_device, check_dtype, check_image, check_poolable
+from sanctl_ops.kernels import channels as by_channels
 from sanctl_ops.kernels import conv_norm_pool as kernels
 from sanctl_ops.kernels import pooling
 from sanctl_ops.window import accumulation_dtype
@@ -89,7 +90,7 @@ def _obstacle(
 
 def _by_kernels(images: Tensor, weight: Tensor) -> bool:
     served = kernels.obstacle(images.dtype, images.shape[1], weight.shape[0]) is None
-    return runs_kernels(images.device) and served and pooling.fits(images)
+    return runs_kernels(images.device) and served and by_channels.fits(images)
 
 
 @torch.library.custom_op(

@@ -10,6 +10,7 @@ from sanctl_ops.attention import Norm
 from sanctl_ops.attention_checks import check_norm
 from sanctl_ops.backend import choose_backend, runs_kernels
 from sanctl_ops.checks import check_image, check_poolable
+from sanctl_ops.kernels import channels as by_channels
 from sanctl_ops.kernels import norm_pool as kernels
 from sanctl_ops.kernels import pooling
 from sanctl_ops.window import accumulation_dtype
@@ -60,12 +61,12 @@ def _obstacle(device: torch.device, dtype: torch.dtype, channels: int) -> str | 
     choice = choose_backend(device)
     if choice.name == "torch":
         return choice.reason
-    return pooling.obstacle(dtype, channels, "norm_pool")
+    return by_channels.obstacle(dtype, channels, "norm_pool")
 
 
 def _by_kernels(x: Tensor) -> bool:
-    served = pooling.obstacle(x.dtype, x.shape[1], "norm_pool") is None
-    return runs_kernels(x.device) and served and pooling.fits(x)
+    served = by_channels.obstacle(x.dtype, x.shape[1], "norm_pool") is None
+    return runs_kernels(x.device) and served and by_channels.fits(x)
 
 
 @torch.library.custom_op(

@@ -132,6 +132,22 @@ def test_either_way_is_torchs(options: dict[str, Any], training: bool, device: s
     assert ("sanctl.batch_norm_relu" in run.names) == (by_batch and device == "cuda")
 
 
+@pytest.mark.parametrize("training", [True, False])
+@each_device
+def test_channels_last_planes_stay_so(training: bool, device: str) -> None:
+    torch.manual_seed(0)
+    ours = nn.BatchNorm2d(8).to(device).train(training)
+    torchs = copy.deepcopy(ours)
+    x = images(device, 2, 8, 5, 6).float().contiguous(memory_format=torch.channels_last)
+    with Operators() as run:
+        out = normalise_relu(ours, x)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, F.relu(torchs(x)))
+    torch.testing.assert_close(ours.state_dict(), torchs.state_dict())
+    ran = "sanctl.batch_norm_relu_channels_last" in run.names
+    assert ran == (training and device == "cuda")
+
+
 @each_device
 def test_other_modules_are_called(device: str) -> None:
     counted = Counted(4, dtype=torch.float64, device=device)

@@ -27,10 +27,10 @@ from sanctl_ops import kernels
 from sanctl_ops.checks import DTYPES
 from sanctl_ops.kernels import (
     aggregation_mma,
+    channels,
     conv_norm_pool,
     pairwise_layout,
     patchwise_plan,
-    pooling,
     runtime,
 )
 from sanctl_ops.kernels.geometry import SAME_KERNEL_SIZES
@@ -118,6 +118,10 @@ def main() -> None:
                 shape,
                 dtype=dtype,
             )
+        one = torch.ones(24, device="cuda")
+        x = torch.randn(3, 37, 40, 24, device="cuda").to(dtype).movedim(-1, 1).requires_grad_()
+        out, *_ = sanctl_ops.batch_norm_relu(x, one, one)
+        torch.autograd.grad(out, x, torch.randn_like(out))
     torch.set_float32_matmul_precision("high")
     hidden_channels = (2, *(8 * tiles for tiles in HIDDEN_TILES))
     for dtype, size in itertools.product(DTYPES, SAME_KERNEL_SIZES):
@@ -128,7 +132,7 @@ def main() -> None:
             for layer, running in itertools.product(PAIRWISE, (False, True)):
                 run_pairwise(dtype, *layer, size, running)
     image_channels = (None, *range(1, conv_norm_pool.MOST_IMAGE_CHANNELS + 1))
-    for pooled_case in itertools.product(pooling.DTYPES, image_channels, (False, True)):
+    for pooled_case in itertools.product(channels.DTYPES, image_channels, (False, True)):
         run_pooling(*pooled_case)
     torch.cuda.synchronize()
     missing = {kernel for source in TEMPLATES for kernel in instances(source)} - launched

@@ -11,10 +11,10 @@ import torch
 from sanctl_ops.checks import DTYPES
 from sanctl_ops.kernels import (
     aggregation_mma,
+    channels,
     conv_norm_pool,
     pairwise_layout,
     patchwise_plan,
-    pooling,
     runtime,
 )
 from sanctl_ops.kernels.geometry import SAME_KERNEL_SIZES, VECTOR_BYTES
@@ -62,9 +62,11 @@ PATCHWISE: list[Parameters] = list(
     itertools.product(patchwise_plan.DTYPES, SAME_KERNEL_SIZES, HIDDEN_TILES)
 )
 FLOAT: list[Parameters] = [(torch.float32,)]
-POOLED: list[Parameters] = [(dtype, VECTOR_BYTES // dtype.itemsize) for dtype in pooling.DTYPES]
+BY_CHANNELS: list[Parameters] = [
+    (dtype, VECTOR_BYTES // dtype.itemsize) for dtype in channels.DTYPES
+]
 CONVOLVED: list[Parameters] = list(
-    itertools.product(pooling.DTYPES, range(1, conv_norm_pool.MOST_IMAGE_CHANNELS + 1))
+    itertools.product(channels.DTYPES, range(1, conv_norm_pool.MOST_IMAGE_CHANNELS + 1))
 )
 
 TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
@@ -105,12 +107,19 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
         "conv_norm_pool_close": CONVOLVED,
     },
     "norm_pool.cu": {
-        "norm_pool_moments": POOLED,
-        "norm_pool_fold": [(dtype,) for dtype in pooling.DTYPES],
-        "norm_pool": POOLED,
-        "norm_pool_sums": POOLED,
-        "norm_pool_close": FLOAT,
-        "norm_pool_input_gradient": POOLED,
+        "norm_pool": BY_CHANNELS,
+        "norm_pool_sums": BY_CHANNELS,
+        "norm_pool_input_gradient": BY_CHANNELS,
+    },
+    "norm_relu.cu": {
+        "norm_relu": BY_CHANNELS,
+        "norm_relu_sums": BY_CHANNELS,
+        "norm_relu_input_gradient": BY_CHANNELS,
+    },
+    "norm_statistics.cu": {
+        "norm_moments": BY_CHANNELS,
+        "norm_fold": [(dtype,) for dtype in channels.DTYPES],
+        "norm_close": FLOAT,
     },
     "pairwise_gram.cu": {"pairwise_gram": RELATIONS},
     "pairwise_logits.cu": {"pairwise_logits": RELATIONS},

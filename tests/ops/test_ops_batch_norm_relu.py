@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import DEVICES, LAYOUTS, as_array, laid_out, moved
+from op_cases import CHANNELS_LAST, DEVICES, LAYOUTS, as_array, laid_out, moved
 from op_oracle import Array
 from torch import Tensor
 
 from sanctl_ops import batch_norm_relu
+from sanctl_ops.window import plane_format
 
 EPS = 1e-5
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -26,6 +27,11 @@ BATCH_MEAN, BATCH_STD = 0.3, 2.0
 each_device = pytest.mark.parametrize("device", DEVICES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
+CHANNELS_LAST_SHAPES = {
+    "several_blocks": (3, 24, 37, 41),
+    "slabs": (2, 320, 5, 6),
+    "any_channels": (2, 12, 5, 6),
+}
 SHAPES = {
     "vectors": (3, 4, 6, 8),
     "odd_planes": (3, 4, 5, 7),
@@ -108,7 +114,7 @@ def assert_agrees(x: Tensor, weight: Tensor, bias: Tensor) -> None:
 
     out, mean, variance = batch_norm_relu(x, weight, bias, EPS)
     assert (out.dtype, mean.dtype, variance.dtype) == (x.dtype, kept, kept)
-    assert out.is_contiguous()
+    assert out.is_contiguous(memory_format=plane_format(x))
     assert_close(out, np.maximum(oracle.before_relu, 0), x.dtype, exact)
     assert_close(mean, oracle.mean[:, 0, 0], kept, exact)
     assert_close(variance, oracle.variance[:, 0, 0], kept, 1e-12)
@@ -120,7 +126,7 @@ def assert_agrees(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     grad *= torch.from_numpy(far).to(grad.device)
     gradients = torch.autograd.grad(out, (x, weight, bias), grad)
     assert [g.dtype for g in gradients] == [x.dtype, weight.dtype, bias.dtype]
-    assert gradients[0].is_contiguous()
+    assert gradients[0].is_contiguous(memory_format=plane_format(x))
     expected = oracle.gradients(as_array(grad))
     terms = x.numel() / x.shape[1]
     assert_close(gradients[0], expected[0], x.dtype, exact * max(scale, 1))
@@ -143,6 +149,16 @@ def test_agrees_with_the_definition(shape: tuple[int, ...], device: str) -> None
 @each_device
 def test_every_dtype(dtype: torch.dtype, shape: tuple[int, ...], device: str) -> None:
     assert_agrees(*drawn(shape, device, dtype))
+
+
+@each_dtype
+@pytest.mark.parametrize("mean", [BATCH_MEAN, -100.0])
+@pytest.mark.parametrize("shape", CHANNELS_LAST_SHAPES.values(), ids=CHANNELS_LAST_SHAPES)
+@each_device
+def test_channels_last(
+    dtype: torch.dtype, mean: float, shape: tuple[int, ...], device: str
+) -> None:
+    assert_agrees(*drawn(shape, device, dtype, mean, layout="channels_last"))
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -170,7 +186,7 @@ def test_far_from_zero_and_nearly_constant(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @each_device
 def test_every_layout(layout: str, dtype: torch.dtype, device: str) -> None:
-    x, weight, bias = drawn((2, 4, 6, 8), device, dtype, layout=layout)
+    x, weight, bias = drawn((2, 8, 6, 5), device, dtype, layout=layout)
     assert x.is_contiguous() == (layout == "contiguous")
     assert_agrees(x, weight, bias)
     out, *_ = batch_norm_relu(x, weight, bias)
@@ -237,7 +253,7 @@ def test_statistics_have_no_gradient() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @each_device
 def test_opcheck(layout: str, dtype: torch.dtype, device: str) -> None:
-    x, weight, bias = drawn((2, 4, 6, 8), device, dtype, layout=layout)
+    x, weight, bias = drawn((2, 8, 6, 5), device, dtype, layout=layout)
     torch.library.opcheck(torch.ops.sanctl.batch_norm_relu, (x, weight, bias, EPS))
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
     out, mean, _, deviation = torch.ops.sanctl.batch_norm_relu(x, weight, bias, EPS)
@@ -245,6 +261,22 @@ def test_opcheck(layout: str, dtype: torch.dtype, device: str) -> None:
     torch.library.opcheck(
         torch.ops.sanctl.batch_norm_relu_backward,
         (grad, x, out, weight, bias, mean, deviation),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", CHANNELS_LAST)
+@each_device
+def test_opcheck_of_channels_last(layout: str, dtype: torch.dtype, device: str) -> None:
+    x, weight, bias = drawn((2, 8, 6, 5), device, dtype, layout=layout)
+    forward = torch.ops.sanctl.batch_norm_relu_channels_last
+    torch.library.opcheck(forward, (x, weight, bias, EPS))
+    x, weight, bias = x.detach(), weight.detach(), bias.detach()
+    out, *saved = forward(x, weight, bias, EPS)
+    torch.library.opcheck(
+        torch.ops.sanctl.batch_norm_relu_channels_last_backward,
+        (out, x, weight, bias, *saved, EPS),
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -25,6 +25,7 @@ import sanctl_ops
 from sanctl_ops import kernels
 from sanctl_ops.checks import DTYPES
 from sanctl_ops.kernels import (
+    channels,
     geometry,
     pairwise_layout,
     pairwise_planes,
@@ -183,7 +184,10 @@ def test_launches_fit_the_declarations_and_are_all_compiled(launches: Launches) 
             x = torch.zeros(shape, dtype=dtype, requires_grad=True)
             out, *_ = sanctl_ops.batch_norm_relu(x, torch.ones(shape[1]), torch.ones(shape[1]))
             torch.autograd.grad(out, x, torch.zeros_like(out))
-    for dtype, pooling_case in itertools.product(pooling.DTYPES, POOLING_CASES):
+        x = torch.zeros(2, 5, 6, 24, dtype=dtype, requires_grad=True)
+        out, *_ = sanctl_ops.batch_norm_relu(x.movedim(-1, 1), torch.ones(24), torch.ones(24))
+        torch.autograd.grad(out, x, torch.zeros_like(out))
+    for dtype, pooling_case in itertools.product(channels.DTYPES, POOLING_CASES):
         pooled_inputs = draw_pooled(pooling_case).to("cpu", dtype, torch.float32)
         out, *_ = pooled(pooled_inputs)
         torch.autograd.grad(out, pooled_inputs.leaves, torch.zeros_like(out))

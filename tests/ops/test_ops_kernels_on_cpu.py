@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kernels_on_cpu import Launcher
 from op_cases import OPERATORS, Case, laid_out, last_dimension_outermost
 from pairwise_oracle import PairwiseCase, distance, draw, fused, gradients, unfused
@@ -28,7 +29,7 @@ from pooling_cases import truth as pooled_truth
 from saved_cases import Run, pairwise, patchwise
 
 import sanctl_ops
-from sanctl_ops import kernels, patchwise_attention
+from sanctl_ops import batch_norm_relu, kernels, patchwise_attention
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -345,6 +346,43 @@ def test_kernels_that_normalise_and_pool(
         torch.testing.assert_close(
             actual[name].double(), wanted, rtol=rtol, atol=atol * loose * max(1, most)
         )
+
+
+NORMALISED = [
+    (torch.bfloat16, (2, 24, 7, 9), 0.3),
+    (torch.float16, (3, 8, 2, 3), 0.3),
+    (torch.float32, (3, 256, 33, 18), 0.3),
+    (torch.float32, (2, 16, 12, 13), 200.0),
+]
+
+
+@pytest.mark.usefixtures("_kernels_on_cpu")
+@pytest.mark.parametrize(("dtype", "shape", "offset"), NORMALISED, ids=str)
+def test_kernels_that_normalise_channels_last(
+    dtype: torch.dtype, shape: tuple[int, ...], offset: float, launcher: Launcher
+) -> None:
+    torch.manual_seed(0)
+    x = (laid_out(shape, "channels_last") + offset).to(dtype).requires_grad_()
+    weight, bias = torch.randn(2, shape[1]).unbind()
+    leaves = [x, weight.requires_grad_(), bias.requires_grad_()]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    before = F.batch_norm(wide[0], None, None, wide[1], wide[2], True)
+    grad = (torch.randn(shape) * (before.abs() > 1e-3)).to(dtype)
+    launched = len(launcher.launched)
+    out, mean, variance = batch_norm_relu(*leaves)
+    found = (out, mean, variance, *torch.autograd.grad(out, leaves, grad))
+    names = {kernel.expression.partition("<")[0] for kernel in launcher.launched[launched:]}
+    assert names == {
+        *("norm_moments", "norm_fold", "norm_relu"),
+        *("norm_relu_sums", "norm_close", "norm_relu_input_gradient"),
+    }
+    expected = before.relu()
+    gradients = torch.autograd.grad(expected, wide, grad.double())
+    moments = wide[0].mean((0, 2, 3)), wide[0].var((0, 2, 3), correction=0)
+    rtol, atol = TOLERANCES[dtype]
+    for actual, wanted in zip(found, (expected, *moments, *gradients), strict=True):
+        allowed = atol * max(1, offset) * max(1, wanted.abs().max().item())
+        torch.testing.assert_close(actual.double(), wanted, rtol=rtol, atol=allowed)
 
 
 @pytest.mark.usefixtures("_kernels_on_cpu")

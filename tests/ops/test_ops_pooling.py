@@ -31,8 +31,8 @@ from sanctl_ops import (
     norm_pool,
     norm_pool_obstacle,
 )
+from sanctl_ops.kernels import channels
 from sanctl_ops.kernels import conv_norm_pool as conv_kernels
-from sanctl_ops.kernels import pooling
 
 OPERATORS = (None, 3)
 each_operator = pytest.mark.parametrize("image_channels", OPERATORS, ids=["norm", "conv"])
@@ -73,7 +73,7 @@ def check(inputs: Inputs, dtype: torch.dtype) -> None:
     # Far from zero, float32 leaves a mean, and what lies around it, fewer digits.
     offset = exact.x.abs().mean() / exact.x.std(correction=0).clamp(min=1e-3)
     exponent = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    margin = 1e-12 if dtype == torch.float64 else 30 * exponent * (1 + offset.item())
+    margin = (1e-12 if dtype == torch.float64 else 30 * exponent) * (1 + offset.item())
     clear = decided(exact, margin)
     grad = (torch.randn_like(clear) * clear).to(dtype).double()
     expected = differentiated(composed, exact, grad)
@@ -382,8 +382,8 @@ def test_a_reason_tells_why_no_kernels_run() -> None:
     assert "CUDA device, not cpu" in str(norm_pool_obstacle(x))
     assert "CUDA device, not cpu" in str(conv_norm_pool_obstacle(x, 64))
     assert "gradients of images" in str(conv_norm_pool_obstacle(x.requires_grad_(), 64))
-    assert pooling.obstacle(torch.float32, 64, "norm_pool") is None
-    assert "not float64" in str(pooling.obstacle(torch.float64, 64, "norm_pool"))
+    assert channels.obstacle(torch.float32, 64, "norm_pool") is None
+    assert "not float64" in str(channels.obstacle(torch.float64, 64, "norm_pool"))
     assert "multiples of 8 channels, not 12" in str(conv_kernels.obstacle(torch.float16, 3, 12))
     assert conv_kernels.obstacle(torch.bfloat16, 4, 256) is None
     assert "not 264 of 3" in str(conv_kernels.obstacle(torch.bfloat16, 3, 264))

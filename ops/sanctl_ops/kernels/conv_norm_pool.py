@@ -5,16 +5,9 @@ import torch
 from torch import Tensor
 
 from sanctl_ops.attention import Norm
-from sanctl_ops.kernels import pooling
-from sanctl_ops.kernels.pooling import (
-    JOINED,
-    THREADS,
-    by_pixels,
-    bytes_of_sums,
-    deal,
-    pool_argument,
-    pooled_like,
-)
+from sanctl_ops.kernels import channels as by_channels
+from sanctl_ops.kernels.channels import JOINED, THREADS, by_pixels, bytes_of_sums, deal
+from sanctl_ops.kernels.pooling import pool_argument, pooled_like
 from sanctl_ops.kernels.runtime import kernel, launch
 
 SOURCE = "conv_norm_pool.cu"
@@ -34,7 +27,7 @@ def obstacle(dtype: torch.dtype, image_channels: int, channels: int) -> str | No
             f"the kernels of conv_norm_pool make up to {MOST_CHANNELS} channels of up to "
             f"{MOST_IMAGE_CHANNELS}, not {channels} of {image_channels}"
         )
-    return pooling.obstacle(dtype, channels, "conv_norm_pool")
+    return by_channels.obstacle(dtype, channels, "conv_norm_pool")
 
 
 def forward(

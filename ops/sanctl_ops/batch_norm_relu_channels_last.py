@@ -1,0 +1,98 @@
+"""Batch normalisation by the batch's own statistics, followed by ReLU, of channels_last tensors."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sanctl_ops.attention import Norm
+from sanctl_ops.backend import runs_kernels
+from sanctl_ops.kernels import channels as by_channels
+from sanctl_ops.kernels import norm_relu as kernels
+from sanctl_ops.window import accumulation_dtype
+
+
+@torch.library.custom_op(
+    "sanctl::batch_norm_relu_channels_last",
+    mutates_args=(),
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+def batch_norm_relu_channels_last(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the output, mean and variance, and (2, C) factors and summands of x."""
+    norm = Norm(weight, bias, None, None, eps).to(accumulation_dtype(x.dtype))
+    if _by_kernels(x):
+        return kernels.forward(x, norm)
+    variance, mean = torch.var_mean(x.to(norm.weight.dtype), (0, 2, 3), correction=0)
+    scale = norm.weight / (variance + eps).sqrt()
+    table = torch.stack((scale, norm.bias - scale * mean))
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    return out.copy_(_normalised(x, table).relu_()), mean, variance, table
+
+
+@batch_norm_relu_channels_last.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(x.dtype)
+    mean, variance = (weight.new_empty(weight.shape, dtype=dtype) for _ in range(2))
+    table = weight.new_empty((2, *weight.shape), dtype=dtype)
+    return torch.empty_like(x, memory_format=torch.channels_last), mean, variance, table
+
+
+@torch.library.custom_op(
+    "sanctl::batch_norm_relu_channels_last_backward",
+    mutates_args=(),
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    table: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    norm = Norm(weight, bias, mean, variance, eps).to(table.dtype)
+    if _by_kernels(x):
+        grad_x, *gradients = kernels.backward(grad, x, norm, table)
+    else:
+        slope = torch.ops.aten.threshold_backward(grad.to(table.dtype), _normalised(x, table), 0)
+        wide, *gradients = torch.ops.aten.native_batch_norm_backward(
+            *(slope, x.to(table.dtype), norm.weight, None, None, mean),
+            *((variance + eps).rsqrt(), True, eps, [True] * 3),
+        )
+        grad_x = torch.empty_like(x, memory_format=torch.channels_last).copy_(wide)
+    return grad_x, gradients[0].to(weight.dtype), gradients[1].to(bias.dtype)
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x = torch.empty_like(x, memory_format=torch.channels_last)
+    return grad_x, weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+def _by_kernels(x: Tensor) -> bool:
+    served = by_channels.obstacle(x.dtype, x.shape[1], "batch_norm_relu") is None
+    return served and runs_kernels(x.device) and by_channels.fits(x)
+
+
+def _normalised(x: Tensor, table: Tensor) -> Tensor:
+    scale, shift = (t[:, None, None] for t in table)
+    return x.to(table.dtype) * scale + shift
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, ctx.eps = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, weight, bias, *output[1:])
+
+
+def _differentiate(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *_backward(grad, *ctx.saved_tensors, ctx.eps), None
+
+
+batch_norm_relu_channels_last.register_autograd(_differentiate, setup_context=_save)
