@@ -141,6 +141,9 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
         "pairwise_fold_keys": [(k,) for k in pairwise_layout.KERNEL_SIZES],
     },
     "pairwise_aggregate.cu": {"pairwise_aggregate": VALUES},
+    "pairwise_largest.cu": {
+        "pairwise_largest": [(d, VECTOR_BYTES // d.itemsize) for d in pairwise_layout.DTYPES]
+    },
     "pairwise_sums_gradient.cu": {
         "pairwise_logits_gradient": [(*v, s) for v in VALUES for s in pairwise_layout.SLOTS],
         "pairwise_value_gradient": VALUES,

@@ -43,9 +43,11 @@ def pooled(image_channels: int | None) -> Run:
     return run
 
 
+PAIRWISE = PairwiseCase("pairwise", 16, 8, 6, 7, 3, layout="channels_last")
+
+
 def pairwise(device: str) -> tuple[Tensor, list[Tensor]]:
-    drawn = pairwise_oracle.draw(PairwiseCase("pairwise", 16, 8, 6, 7, 3, layout="channels_last"))
-    inputs = drawn.converted(device, DTYPE, DTYPE)
+    inputs = pairwise_oracle.draw(PAIRWISE).converted(device, DTYPE, DTYPE)
     return pairwise_oracle.fused(inputs).out, inputs.leaves
 
 

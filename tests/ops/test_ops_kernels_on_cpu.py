@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,10 +27,11 @@ from pooling_cases import differentiated as pooled_gradients
 from pooling_cases import draw as draw_pooled
 from pooling_cases import fused as pooled
 from pooling_cases import truth as pooled_truth
-from saved_cases import Run, pairwise, patchwise
+from saved_cases import PAIRWISE, Run, pairwise, patchwise
 
 import sanctl_ops
 from sanctl_ops import batch_norm_relu, kernels, patchwise_attention
+from sanctl_ops.kernels import pairwise_sums
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -235,7 +237,7 @@ def test_kernels_of_pairwise_attention(
     out = fused(inputs).out
     grad = torch.randn(out.shape).to(dtype)
     found = {"out": out} | gradients(out, inputs, grad)
-    assert len({kernel.source for kernel in launcher.launched[launched:]}) == 9
+    assert len({kernel.source for kernel in launcher.launched[launched:]}) == 10
     monkeypatch.undo()
     exact = inputs.converted("cpu", torch.float64, torch.float64)
     kept = inputs.converted("cpu", dtype, torch.float32)
@@ -262,6 +264,21 @@ def test_attention_takes_what_it_saves_in_any_layout(run: Run) -> None:
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.usefixtures("_kernels_on_cpu")
+def test_pairwise_kernels_read_values_among_other_channels() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    inputs = draw(PAIRWISE).converted("cpu", torch.float32, torch.float32)
+    images, channels, height, width = inputs.value.shape
+    wide = torch.full((images, height, width, 16 + channels), torch.nan).movedim(-1, 1)
+    among = wide[:, 16:].copy_(inputs.value.detach()).requires_grad_()
+    assert pairwise_sums.pixels_of(among).data_ptr() == among.data_ptr(), "copied"
+    out, expected = fused(replace(inputs, value=among)).out, fused(inputs).out
+    assert out.equal(expected)
+    grad = torch.randn(out.shape)
+    (found,) = torch.autograd.grad(out, among, grad)
+    assert found.equal(*torch.autograd.grad(expected, inputs.value, grad))
+
+
 # Few enough values that rounding puts none on the other side of a ReLU.
 DECIDED = PairwiseCase("decided", 4, 2, 9, 6, 5, layout="sliced")
 
@@ -275,7 +292,7 @@ def test_float32_planes_of_pairwise_attention(offset: float, launcher: Launcher)
     launched = len(launcher.launched)
     out = fused(inputs).out
     grad = torch.randn(out.shape)
-    assert len({kernel.source for kernel in launcher.launched[launched:]}) == 5
+    assert len({kernel.source for kernel in launcher.launched[launched:]}) == 6
     # What the kernels have saved is theirs, whatever is allowed later.
     torch.backends.cuda.matmul.allow_tf32 = False
     found = {"out": out} | gradients(out, inputs, grad)

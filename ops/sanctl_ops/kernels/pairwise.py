@@ -31,7 +31,7 @@ def forward(
     sums = pairwise_weights.gram(folded, affine, layout) if by_batch else None
     packed, gram, mean2, variance2 = pairwise_weights.pack(sums, weight1, weight2, norm2, layout)
     logits, log_sums = pairwise_relation.weigh(folded, affine, packed, layout)
-    rows = pairwise_sums.rows_of(value)
+    rows = pairwise_sums.pixels_of(value)
     most_value = pairwise_sums.largest(rows)
     saved = Saved(gram, folded, affine, packed, logits, log_sums, most_value)
     out = _planes(pairwise_sums.aggregate(rows, saved, layout), value)
@@ -65,7 +65,8 @@ def backward(
     layout: Layout,
 ) -> formulas.Gradients:
     """Return the gradients; the norms hold the statistics that the forward pass went by."""
-    grad, value_rows, out = (pairwise_sums.rows_of(x) for x in (grad, value, out))
+    grad, out = pairwise_sums.rows_of(grad), pairwise_sums.rows_of(out)
+    value_rows = pairwise_sums.pixels_of(value)
     most_slope = pairwise_sums.largest(grad)
     # The padded gradient of the values is gone before that of the logits comes.
     grad_value = _planes(pairwise_sums.value_gradient(grad, saved, most_slope, layout), value)

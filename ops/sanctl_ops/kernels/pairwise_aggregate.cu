@@ -1,12 +1,13 @@
 // Sums of values weighted by the softmax of stored logits: see pairwise_sums.cuh.
 #include "pairwise_sums.cuh"
 
-// `value` and `out` are (N, H * W, channels); *most_value is the largest value, disregarding signs.
+// `out` is (N, H * W, channels), `value` likewise with `pitch` elements from pixel to pixel; *most_value
+// is the largest value, disregarding signs.
 template <typename T, int BLOCKS, int K>
 __global__ void __launch_bounds__(256, 2)
     pairwise_aggregate(const Half* logits, const float* log_sums, const T* value, T* out,
                        const float* most_value, Tiling tiling, Divisor slabs, int slots,
-                       int channels, int step) {
+                       int channels, int step, int pitch) {
     constexpr int PITCH = BLOCKS * 8 + 8;
     extern __shared__ double shared[];
     Half* staged = reinterpret_cast<Half*>(shared);
@@ -17,7 +18,7 @@ __global__ void __launch_bounds__(256, 2)
     const Place place(tile, tiling);
     const Channels own(channels, step, slab, slots, lane);
     const float scale = value_scale(most_value);
-    stage_values<T, BLOCKS, K, false>(value, scale, staged, place, tiling, channels, step, slab);
+    stage_values<T, BLOCKS, K, false>(value, scale, staged, place, tiling, pitch, step, slab);
     const long long slab_number = static_cast<long long>(place.n) * slabs.divisor + slab;
     const Half* slab_logits = logits + slab_number * K * K * plane * slots;
     LogitRow<K> row_of_taps(staged + (tiling.rows + K - 1) * tiling.staged.divisor * PITCH);

@@ -33,18 +33,18 @@ __device__ inline void store_scaled(Half* to, float (&values)[8], float scale) {
     store<8>(to, values);
 }
 
-// Stages BLOCKS blocks of a slab's channels, `pitch` halves for every pixel.
+// Stages BLOCKS blocks of a slab's channels; `planes` have `apart_pixels` elements from pixel to pixel.
 template <typename T, int BLOCKS, int K, bool KEYS>
 __device__ inline void stage_values(const T* planes, float scale, Half* to, const Place& place,
-                                    const Tiling& tiling, int channels, int step, int slab) {
+                                    const Tiling& tiling, int apart_pixels, int step, int slab) {
     constexpr int PITCH = BLOCKS * 8 + 8;
     const int block = threadIdx.x % BLOCKS, first = threadIdx.x / BLOCKS, apart = blockDim.x / BLOCKS;
-    const T* image = planes + static_cast<long long>(place.n) * tiling.height * tiling.width * channels +
+    const T* image = planes + static_cast<long long>(place.n) * tiling.height * tiling.width * apart_pixels +
                      slab * 8 + block * step;
     to += block * 8;
     if constexpr (sizeof(T) == sizeof(Half)) {
         visit_staged<K, KEYS>(place, tiling, first, apart, [&](int at, int number, bool exists) {
-            copy_or_clear<8>(reinterpret_cast<T*>(to + at * PITCH), image + number * channels, exists);
+            copy_or_clear<8>(reinterpret_cast<T*>(to + at * PITCH), image + number * apart_pixels, exists);
         });
         end_group();
         wait_for_groups<0>();
@@ -63,7 +63,7 @@ __device__ inline void stage_values(const T* planes, float scale, Half* to, cons
 #pragma unroll
             for (int p = 0; p < AT_ONCE; ++p) {
                 const StagedPixel<K, KEYS> pixel(min(i + p * apart, count - 1), place, tiling);
-                if (pixel.exists) load<8>(image + pixel.number * channels, values[p]);
+                if (pixel.exists) load<8>(image + pixel.number * apart_pixels, values[p]);
             }
 #pragma unroll
             for (int p = 0; p < AT_ONCE; ++p)

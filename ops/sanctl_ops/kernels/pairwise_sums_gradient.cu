@@ -22,7 +22,8 @@ template <typename T, int BLOCKS, int K, int SLOTS>
 __global__ void __launch_bounds__(256, 2)
     pairwise_logits_gradient(const T* grad, const Half* logits, const float* log_sums,
                              const T* value, const T* out, Half* grad_logits,
-                             const float* most_value, const float* most_slope, Tiling tiling, Divisor slabs, int channels, int step) {
+                             const float* most_value, const float* most_slope, Tiling tiling,
+                             Divisor slabs, int channels, int step, int pitch) {
     constexpr int slots = SLOTS, PITCH = BLOCKS * 8 + 8;
     extern __shared__ double shared[];
     Half* staged = reinterpret_cast<Half*>(shared);
@@ -34,7 +35,7 @@ __global__ void __launch_bounds__(256, 2)
     const Channels own(channels, step, slab, slots, lane);
     const float scale_of_slopes = slope_scale(most_slope);
     const float scale = value_scale(most_value);
-    stage_values<T, BLOCKS, K, false>(value, scale, staged, place, tiling, channels, step, slab);
+    stage_values<T, BLOCKS, K, false>(value, scale, staged, place, tiling, pitch, step, slab);
     const long long slab_number = static_cast<long long>(place.n) * slabs.divisor + slab;
     const long long before = slab_number * K * K * plane * slots;
     LogitRow<K> row_of_taps(staged + (tiling.rows + K - 1) * tiling.staged.divisor * PITCH);
