@@ -6,8 +6,7 @@ from contextlib import contextmanager
 
 MODES = ("auto", "fused", "primitives")
 VARIABLE = "SANCTL_ATTENTION"
-# The kernels of the fused operators have changed since they last ran on a GPU.
-DEFAULT = "primitives"
+DEFAULT = "auto"
 
 _requested: str | None = None
 
@@ -43,7 +42,7 @@ def use_attention(mode: str) -> Iterator[None]:
 
 
 def requested_attention() -> str:
-    """Return the mode: from `set_attention`, else SANCTL_ATTENTION, else "primitives".
+    """Return the mode: from `set_attention`, else SANCTL_ATTENTION, else "auto".
 
     Raises:
         ValueError: the variable names no mode.

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sanctl_models.autocast import convolved_dtype
 from sanctl_models.normalise import is_affine, norm_argument, update_running_statistics
 from sanctl_ops import (
     conv_norm_pool,
@@ -57,7 +58,7 @@ def convolve_normalise_pool(conv: nn.Module, batch_norm: nn.Module, images: Tens
         images: the input; it is left as it is.
     """
     if _mixes_channels(conv) and _is_plain(batch_norm) and _is_served(images):
-        converted = _as_convolved(images)
+        converted = images.to(convolved_dtype(images))
         if conv_norm_pool_obstacle(converted, conv.out_channels) is None:
             return convolve_normalise_pool_by_operator(conv, batch_norm, converted)
     return normalise_pool(batch_norm, conv(images))
@@ -102,10 +103,3 @@ def _is_served(x: Tensor) -> bool:
     # torch itself knows what to do with, or say to, images of no or too few pixels.
     pools = x.numel() > 0 and min(x.shape[2:]) >= 2
     return x.is_cuda and pools and plane_format(x) == torch.channels_last
-
-
-def _as_convolved(images: Tensor) -> Tensor:
-    """Return images in the dtype that autocast convolves them in."""
-    if torch.is_autocast_enabled("cuda") and images.dtype != torch.float64:
-        return images.to(torch.get_autocast_dtype("cuda"))
-    return images

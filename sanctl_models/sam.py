@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sanctl_models.autocast import convolved_dtype
 from sanctl_models.checks import check_choice, check_kernel, check_width
 from sanctl_models.fusion import requested_attention
 from sanctl_models.normalise import (
@@ -167,10 +168,8 @@ class SAM(nn.Module):
 
 def _projected(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """Stand in, for dtype and shape alone, for what a 1x1 convolution makes of x."""
-    dtype, device = x.dtype, x.device.type
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    return x.new_empty((), dtype=dtype).expand(x.shape[0], conv.out_channels, *x.shape[2:])
+    planes = x.new_empty((), dtype=convolved_dtype(x))
+    return planes.expand(x.shape[0], conv.out_channels, *x.shape[2:])
 
 
 def position_map(x: Tensor) -> Tensor:

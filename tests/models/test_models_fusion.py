@@ -132,7 +132,7 @@ def test_without_a_gpu_there_is_a_reason() -> None:
 
 def test_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    assert requested_attention() == "primitives"
+    assert requested_attention() == "auto"
     monkeypatch.setenv(VARIABLE, "fused")
     assert requested_attention() == "fused"
     with use_attention("auto"):
