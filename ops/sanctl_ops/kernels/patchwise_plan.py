@@ -267,7 +267,7 @@ def by_pixels(x: Tensor) -> Tensor:
 
 def channels_last_like(x: Tensor) -> Tensor:
     """Return memory for another image like x, channels_last."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return torch.empty_like(x, memory_format=torch.channels_last)
 
 
 def shares_of(tasks: int, most: int) -> int:
