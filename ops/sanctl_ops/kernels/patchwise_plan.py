@@ -276,6 +276,7 @@ def shares_of(tasks: int, most: int) -> int:
     return -(-tasks // each)
 
 
+@cache
 def resident_blocks(device: torch.device, shared_bytes: int, warps: int) -> int:
     """Return about how many blocks run at once that need so much shared memory and registers."""
     by_memory = 2 * MOST_SHARED_BYTES // shared_bytes
