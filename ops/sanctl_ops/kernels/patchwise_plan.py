@@ -26,9 +26,9 @@ SHAPE = np.dtype(
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # As in patchwise.cuh.
 PIXELS, CHANNELS, SHARE = 16, 8, 8
+VALUES = CHANNELS * SHARE
 # Channels that one access moves, at most.
 VECTOR = 8
-VALUES = CHANNELS * SHARE
 MOST_HIDDEN = 64
 MOST_SIDE = 14
 # A warp that makes one product at once instead of two has more of them to make in a block.
@@ -206,7 +206,7 @@ def obstacle(
     return _misfit(sizes, needed)
 
 
-@cache
+@lru_cache(maxsize=256)
 def _misfit(sizes: Sizes, needed: tuple[Bytes, ...]) -> str | None:
     """Return why the kernels do not take such sizes, or None if they do."""
     if sizes.kernel_size not in SAME_KERNEL_SIZES:
@@ -244,7 +244,7 @@ def shape_argument(
     return _shape(sizes, tiles, channels or sizes.hidden, *pitches, *starts)
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _shape(sizes: Sizes, tiles: Tiling, channels: int, *places: int) -> np.ndarray:
     """Return struct Shape of images that lie at `places`: four pitches, and four starts."""
     pitches, starts = places[:4], places[4:]
