@@ -25,9 +25,13 @@ class Norm(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> "Norm":
         """Return the same with contiguous tensors of `dtype`."""
-        weight, bias = self.weight.to(dtype).contiguous(), self.bias.to(dtype).contiguous()
-        mean, variance = (t if t is None else t.to(dtype).contiguous() for t in self[2:4])
-        return Norm(weight, bias, mean, variance, self.eps)
+        mean, variance = (t if t is None else dense(t, dtype) for t in self[2:4])
+        return Norm(dense(self.weight, dtype), dense(self.bias, dtype), mean, variance, self.eps)
+
+
+def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x contiguous and of `dtype`: itself if it is, which costs less to ask than to try."""
+    return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
 class Attention(NamedTuple):

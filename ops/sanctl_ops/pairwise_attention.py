@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sanctl_ops import pairwise_formulas as formulas
-from sanctl_ops.attention import Attention, Norm
+from sanctl_ops.attention import Attention, Norm, dense
 from sanctl_ops.attention_checks import check_images, check_pairwise_layers
 from sanctl_ops.backend import choose_backend, runs_kernels
 from sanctl_ops.kernels import pairwise as kernels
@@ -302,7 +302,7 @@ def _pairwise_backward(
     )
     tiny = (found.position, *found.norm1, found.weight1, *found.norm2, found.weight2)
     inputs = (position, norm_weight1, norm_bias1, weight1, norm_weight2, norm_bias2, weight2)
-    rest = [x.to(like.dtype).contiguous() for x, like in zip(tiny, inputs, strict=True)]
+    rest = [dense(x, like.dtype) for x, like in zip(tiny, inputs, strict=True)]
     return (
         *(grad_query, grad_key, grad_value, rest[0], rest[1]),
         *(rest[2], rest[3], rest[4], rest[5], rest[6]),

@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sanctl_ops import patchwise_formulas as formulas
-from sanctl_ops.attention import Attention, Norm
+from sanctl_ops.attention import Attention, Norm, dense
 from sanctl_ops.attention_checks import check_images, check_patchwise_layers
 from sanctl_ops.backend import choose_backend, runs_kernels
 from sanctl_ops.kernels import patchwise as kernels
 from sanctl_ops.kernels import patchwise_backward as backward_kernels
 from sanctl_ops.kernels import patchwise_plan as plan
 from sanctl_ops.kernels.patchwise import Parameters
-from sanctl_ops.kernels.patchwise_plan import Sizes
+from sanctl_ops.kernels.patchwise_plan import Sizes, sizes_of
 from sanctl_ops.patchwise_formulas import Layer
 from sanctl_ops.window import accumulation_dtype, plane_format
 
@@ -123,7 +123,7 @@ def _obstacle(
 def _sizes(query: Tensor, value: Tensor, hidden: int, kernel_size: int) -> Sizes:
     batch, relation, height, width = query.shape
     share = value.shape[1] // hidden
-    return Sizes(batch, height, width, relation, hidden, share, kernel_size)
+    return sizes_of(batch, height, width, relation, hidden, share, kernel_size)
 
 
 def _sizes_for_kernels(query: Tensor, value: Tensor, hidden: int, kernel_size: int) -> Sizes | None:
@@ -134,16 +134,11 @@ def _sizes_for_kernels(query: Tensor, value: Tensor, hidden: int, kernel_size: i
     return sizes
 
 
-def _dense(norm: Norm) -> Norm:
-    mean, variance = (None if t is None else t.contiguous() for t in norm[2:4])
-    return Norm(norm.weight.contiguous(), norm.bias.contiguous(), mean, variance, norm.eps)
-
-
 def _parameters(layer: Layer) -> Parameters:
     """Return the layer as the kernels take it."""
-    wide = layer.to(torch.float32)
-    norm1, norm2 = _dense(wide.norm1), _dense(wide.norm2)
-    weight1, weight2, bias2 = (t.contiguous() for t in (wide.weight1, wide.weight2, wide.bias2))
+    norm1, norm2 = layer.norm1.to(torch.float32), layer.norm2.to(torch.float32)
+    weights = (layer.weight1, layer.weight2, layer.bias2)
+    weight1, weight2, bias2 = (dense(t, torch.float32) for t in weights)
     return Parameters(norm1, weight1, norm2, weight2, bias2)
 
 
@@ -248,7 +243,7 @@ def _patchwise_attention_backward(
         for g, x in zip(gradients[:3], (query, key, value), strict=True)
     )
     given = (norm1_weight, norm1_bias, weight1, norm2_weight, norm2_bias, weight2, bias2)
-    parameters = (g.to(p.dtype) for g, p in zip(gradients[3:], given, strict=True))
+    parameters = (dense(g, p.dtype) for g, p in zip(gradients[3:], given, strict=True))
     return [*images, *parameters]
 
 

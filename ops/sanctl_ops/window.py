@@ -120,4 +120,4 @@ def plane_format(x: Tensor) -> torch.memory_format:
 
 def empty_planes(x: Tensor) -> Tensor:
     """Return a new tensor like x in the memory format of results that stand beside it."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=plane_format(x))
+    return torch.empty_like(x, memory_format=plane_format(x))

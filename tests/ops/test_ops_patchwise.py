@@ -253,8 +253,7 @@ SAN10_LAYER = Sizes(256, 28, 28, relation=32, hidden=16, share=8, kernel_size=7)
 
 
 def reason(dtype: torch.dtype = torch.bfloat16, **changed: int) -> str | None:
-    sizes = Sizes(**{**vars(SAN10_LAYER), **changed})
-    return patchwise_plan.obstacle(dtype, sizes)
+    return patchwise_plan.obstacle(dtype, replace(SAN10_LAYER, **changed))
 
 
 def test_a_reason_tells_why_no_kernels_run() -> None:

@@ -1,6 +1,6 @@
 """What the kernels of windows have in common: structures, vector widths, grids."""
 
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -38,9 +38,17 @@ VECTOR_BYTES = 16
 WARP = 32
 
 
-def structure(values: tuple[Any, ...], layout: np.dtype) -> np.ndarray:
-    """Return a structure as bytes: NumPy describes fields anew, in Python, at every launch."""
-    return np.array(values, layout).view(f"V{layout.itemsize}")
+class Structure(np.ndarray):
+    """An array whose address NumPy works out once: CuPy asks for it at every launch."""
+
+    @cached_property
+    def __array_interface__(self) -> dict[str, Any]:
+        return super().__array_interface__
+
+
+def structure(values: tuple[Any, ...], layout: np.dtype) -> Structure:
+    """Return a structure as bytes: NumPy describes fields anew, in Python, for every address."""
+    return np.array(values, layout).view(f"V{layout.itemsize}").view(Structure)
 
 
 @cache

@@ -1,7 +1,7 @@
 """Launches of pairwise_fold.cu and pairwise_close.cu: what is computed of planes."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -121,12 +121,12 @@ class Cut:
     pieces: int
     shared_bytes: int
 
-    @property
+    @cached_property
     def of_image(self) -> int:
         """Blocks of an image."""
         return self.down * self.across * self.pieces
 
-    @property
+    @cached_property
     def argument(self) -> np.ndarray:
         """Return struct Cut."""
         blocks = map(divisor, (self.down, self.across, self.pieces))

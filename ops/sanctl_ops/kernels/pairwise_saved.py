@@ -1,6 +1,7 @@
 """What passes of pairwise attention hand on to others."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,13 +19,13 @@ class Planes:
     key: Tensor
     position: Tensor
 
-    @property
+    @cached_property
     def countable(self) -> tuple[Tensor, ...]:
         """Return them such that 32 bits count the columns."""
         planes = (self.query, self.key, self.position)
         return tuple(x if x.stride(3) * x.shape[3] < 2**31 else x.contiguous() for x in planes)
 
-    @property
+    @cached_property
     def arguments(self) -> tuple[Argument, ...]:
         """Return them with their strides."""
         return tuple(a for x in self.countable for a in (x, strides_argument(x)))

@@ -2,8 +2,8 @@
 
 import itertools
 import math
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class Tiles:
     shared_bytes: int
     argument: np.ndarray
 
-    @property
+    @cached_property
     def of_image(self) -> int:
         """Tiles of an image."""
         return self.down * self.across
@@ -74,22 +74,22 @@ def tiles_of_share(layout: Layout, cut: Tiles) -> int:
 
 def relation_walk(layout: Layout) -> Tiles:
     """Return the tiles of a walk over relations."""
-    return _known(_relation_walk(layout))
+    return _known(_relation_walk(layout.of_one_image))
 
 
 def gradient_walk(layout: Layout) -> Tiles:
     """Return the tiles of a walk over relations that adds up gradients of keys."""
-    return _known(_gradient_walk(layout))
+    return _known(_gradient_walk(layout.of_one_image))
 
 
 def value_walk(layout: Layout) -> Tiles:
     """Return the tiles of a walk over queries that stages values."""
-    return _known(_value_walk(layout))
+    return _known(_value_walk(layout.of_one_image))
 
 
 def slope_walk(layout: Layout) -> Tiles:
     """Return the tiles of a walk over padded keys that stages slopes and sums of powers."""
-    return _known(_slope_walk(layout))
+    return _known(_slope_walk(layout.of_one_image))
 
 
 def obstacle(dtype: torch.dtype, layout: Layout) -> str | None:
@@ -102,11 +102,11 @@ def obstacle(dtype: torch.dtype, layout: Layout) -> str | None:
             "float32 products are asked to be exact; allowing TF32, or mixed precision, lets the "
             "kernels run"
         )
-    reason = layout.obstacle()
+    reason = layout.obstacle
     if reason is not None:
         return reason
-    relations = _relation_walk(layout), _gradient_walk(layout)
-    if None in (*relations, _value_walk(layout), _slope_walk(layout)):
+    one = layout.of_one_image
+    if None in (_relation_walk(one), _gradient_walk(one), _value_walk(one), _slope_walk(one)):
         return f"windows of {layout.kernel_size} pixels do not fit shared memory"
     return None
 
@@ -116,8 +116,10 @@ def _known(cut: Tiles | None) -> Tiles:
     return cut
 
 
+# Of one image: tiles do not depend on their number, which may be symbolic.
+@cache
 def _relation_walk(layout: Layout) -> Tiles | None:
-    return _tiles(_one_image(layout), *_warps_and_turns(layout), 2 * layout.size)
+    return _tiles(layout, *_warps_and_turns(layout), 2 * layout.size)
 
 
 def _warps_and_turns(layout: Layout) -> tuple[int, int]:
@@ -128,19 +130,22 @@ def _warps_and_turns(layout: Layout) -> tuple[int, int]:
     return (MANY_CHANNELS_WARPS, 1) if layout.rel > 16 else (MOST_WARPS, MOST_TURNS)
 
 
+@cache
 def _gradient_walk(layout: Layout) -> Tiles | None:
     chunks = -(-layout.size // (8 * GRADIENT_PARTS.get(layout.rel, 1)))
     most_bytes = GRADIENT_BYTES.get(layout.rel, MOST_SHARED_BYTES)
     # A pixel's key, and the float sums of a part of its channels.
     bytes_of_pixel = 2 * layout.size + 32 * chunks
     sizes = (*_warps_and_turns(layout), bytes_of_pixel)
-    return _tiles(_one_image(layout), *sizes, whole_rows=True, most_bytes=most_bytes)
+    return _tiles(layout, *sizes, whole_rows=True, most_bytes=most_bytes)
 
 
+@cache
 def _value_walk(layout: Layout) -> Tiles | None:
     return _sums_walk(layout, 0, keys=False)
 
 
+@cache
 def _slope_walk(layout: Layout) -> Tiles | None:
     return _sums_walk(layout, 4 * layout.slots, keys=True)
 
@@ -150,15 +155,9 @@ def _sums_walk(layout: Layout, more_bytes: int, *, keys: bool) -> Tiles | None:
     bytes_of_pixel = 2 * (8 * layout.blocks + 8) + more_bytes
     bytes_of_warp = layout.kernel_size * GROUP * 16
     sizes = (MOST_WARPS, MOST_TURNS, bytes_of_pixel)
-    return _tiles(_one_image(layout), *sizes, bytes_of_warp=bytes_of_warp, keys=keys)
+    return _tiles(layout, *sizes, bytes_of_warp=bytes_of_warp, keys=keys)
 
 
-def _one_image(layout: Layout) -> Layout:
-    """Return what tiles depend on: the number of images may be symbolic."""
-    return replace(layout, images=1)
-
-
-@cache
 def _tiles(
     layout: Layout,
     most_warps: int,

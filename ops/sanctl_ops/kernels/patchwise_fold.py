@@ -133,7 +133,7 @@ def join(partials: Tensor, rows: int, sums: Tensor) -> None:
 def close_second(sizes: Sizes, sums: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of the second convolution's weight and bias."""
     outputs = sizes.hidden * sizes.taps
-    weight = floats(sums, outputs * sizes.hidden).view(outputs, sizes.hidden)
+    weight = floats(sums, outputs, sizes.hidden)
     bias = floats(sums, outputs)
     launch(
         kernel(SOURCE, "patchwise_close_second", torch.float32),
@@ -196,6 +196,6 @@ def close_first(
     return grad_weight, grad_norm, grad_bias, taken
 
 
-def floats(beside: Tensor, count: int) -> Tensor:
-    """Return memory for so many float32 on a tensor's device."""
-    return torch.empty(count, dtype=torch.float32, device=beside.device)
+def floats(beside: Tensor, *shape: int) -> Tensor:
+    """Return memory for float32 of this shape on a tensor's device."""
+    return torch.empty(shape, dtype=torch.float32, device=beside.device)

@@ -1,5 +1,7 @@
 """Launches of patchwise attention's kernels for one or two weight channels and 3 x 3 taps."""
 
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -150,6 +152,7 @@ def first_sums(
     return sums
 
 
+@cache
 def _tiling(sizes: Sizes) -> Tiling:
     down, across = -(-sizes.height // MOST_ROWS), -(-sizes.width // MOST_COLUMNS)
     rows, columns = -(-sizes.height // down), -(-sizes.width // across)

@@ -1,14 +1,15 @@
 """How the kernels of patchwise attention deal out their work, and which tensors they take."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property, lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sanctl_ops.kernels.geometry import SAME_KERNEL_SIZES, VECTOR_BYTES, structure
+from sanctl_ops.kernels.geometry import SAME_KERNEL_SIZES, structure
 from sanctl_ops.kernels.runtime import MOST_SHARED_BYTES
 
 # As struct Shape in patchwise.cuh.
@@ -26,6 +27,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # As in patchwise.cuh.
 PIXELS, CHANNELS, SHARE = 16, 8, 8
 VALUES = CHANNELS * SHARE
+# Channels that one access moves, at most.
+VECTOR = 8
 MOST_HIDDEN = 64
 MOST_SIDE = 14
 # A warp that makes one product at once instead of two has more of them to make in a block.
@@ -59,46 +62,50 @@ class Sizes:
     share: int
     kernel_size: int
 
-    @property
+    @cached_property
     def pixels(self) -> int:
         """Pixels of an image."""
         return self.height * self.width
 
-    @property
+    @cached_property
     def taps(self) -> int:
         """Taps of a window."""
         return self.kernel_size**2
 
-    @property
+    @cached_property
     def relation_tiles(self) -> int:
         """Tiles of 16 relation channels, filled up to what a block takes at once."""
         each = self.relation_at_once // 2
         return -(-self.relation // (PIXELS * each)) * each
 
-    @property
+    @cached_property
     def relation_at_once(self) -> int:
         """AT_ONCE in patchwise_relation_gradient.cu: 8 relation channels each."""
         return min(2 * self.hidden_tiles, 4)
 
-    @property
+    @cached_property
     def hidden_tiles(self) -> int:
         """Tiles of 8 hidden channels: the template parameter WT, a power of two."""
         return 1 << (-(-self.hidden // CHANNELS) - 1).bit_length()
 
-    @property
+    @cached_property
     def narrow(self) -> bool:
         """Whether the kernels of patchwise_narrow*.cu serve."""
         return self.relation <= 4 and self.hidden <= 2 and self.kernel_size == 3
 
-    @property
+    @cached_property
     def hidden_width(self) -> int:
         """Hidden channels as halves, filled up for the kernels that take them."""
         return 2 if self.narrow else self.hidden_tiles * CHANNELS
 
-    @property
+    @cached_property
     def hidden_pitch(self) -> int:
         """Elements between pixels of staged hidden values, HIDDEN_PITCH in patchwise.cuh."""
         return CHANNELS if self.hidden_tiles == 1 else self.hidden_width + 8
+
+
+# The same object again, so that what follows from it is worked out once.
+sizes_of = lru_cache(maxsize=256)(Sizes)
 
 
 @dataclass(frozen=True)
@@ -111,17 +118,17 @@ class Tiling:
     columns: int
     radius: int
 
-    @property
+    @cached_property
     def halo(self) -> int:
         """Pixels of a tile with those around it."""
         return (self.rows + 2 * self.radius) * (self.columns + 2 * self.radius)
 
-    @property
+    @cached_property
     def products(self) -> int:
         """Products of 16 pixels."""
         return -(-self.rows * self.columns // PIXELS)
 
-    @property
+    @cached_property
     def paired(self) -> "Tiling":
         """The same with rows filled up to an even number of pixels."""
         return replace(self, columns=self.columns + self.columns % 2)
@@ -196,6 +203,12 @@ def obstacle(
             "float32 products are asked to be exact; allowing TF32, or mixed precision, lets the "
             "kernels of patchwise attention run"
         )
+    return _misfit(sizes, needed)
+
+
+@lru_cache(maxsize=256)
+def _misfit(sizes: Sizes, needed: tuple[Bytes, ...]) -> str | None:
+    """Return why the kernels do not take such sizes, or None if they do."""
     if sizes.kernel_size not in SAME_KERNEL_SIZES:
         return f"the kernels of patchwise attention take 3, 5 and 7 taps, not {sizes.kernel_size}"
     if sizes.hidden > MOST_HIDDEN or sizes.share > SHARE:
@@ -224,46 +237,37 @@ def shape_argument(
 
     `channels` of the values lie side by side where they are read, by default Cw.
     """
-    images = (query, key, value, grad)
-    pitches = tuple(0 if x is None else x.stride(3) for x in images)
-    relation = _vector(sizes.relation, *(x for x in images[:2] if x is not None))
-    values = _vector(channels or sizes.hidden, *(x for x in images[2:] if x is not None))
-    return _shape(sizes, tiles, pitches, relation, values)
+    pitches, starts = [0] * 4, [0] * 4
+    for i, x in enumerate((query, key, value, grad)):
+        if x is not None:
+            pitches[i], starts[i] = x.stride(3), x.data_ptr() // x.itemsize % VECTOR
+    return _shape(sizes, tiles, channels or sizes.hidden, *pitches, *starts)
 
 
-@cache
-def _shape(
-    sizes: Sizes, tiles: Tiling, pitches: tuple[int, ...], relation: int, values: int
-) -> np.ndarray:
+@lru_cache(maxsize=1024)
+def _shape(sizes: Sizes, tiles: Tiling, channels: int, *places: int) -> np.ndarray:
+    """Return struct Shape of images that lie at `places`: four pitches, and four starts."""
+    pitches, starts = places[:4], places[4:]
     sides = (sizes.images, sizes.height, sizes.width, tiles.down, tiles.across)
-    channels = (sizes.relation, sizes.hidden, sizes.share, sizes.relation_tiles)
-    return structure((*sides, *channels, *pitches, relation, values), SHAPE)
-
-
-def _vector(channels: int, *images: Tensor) -> int:
-    """Return how many channels one access may move: 8, 4, 2 or 1."""
-    for vector in (8, 4, 2):
-        aligned = all(
-            x.stride(3) % vector == 0 and x.data_ptr() % (vector * x.itemsize) == 0 for x in images
-        )
-        if channels % vector == 0 and aligned and vector * 2 <= VECTOR_BYTES:
-            return vector
-    return 1
+    numbers = (sizes.relation, sizes.hidden, sizes.share, sizes.relation_tiles)
+    # Channels that one access may move; where there is no image, zeros are as good as aligned.
+    relation = math.gcd(VECTOR, sizes.relation, *pitches[:2], *starts[:2])
+    values = math.gcd(VECTOR, channels, *pitches[2:], *starts[2:])
+    return structure((*sides, *numbers, *pitches, relation, values), SHAPE)
 
 
 def by_pixels(x: Tensor) -> Tensor:
     """Return an image whose channels lie side by side, and whose pixels lie evenly apart."""
-    _, _, height, width = x.shape
-    pitch = x.stride(3)
-    even = (x.stride(0) == height * width * pitch or x.shape[0] == 1, x.stride(2) == width * pitch)
-    if x.stride(1) == 1 and all(even):
+    images, _, height, width = x.shape
+    image, channel, row, pitch = x.stride()
+    if channel == 1 and row == width * pitch and (image == height * row or images == 1):
         return x
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def channels_last_like(x: Tensor) -> Tensor:
     """Return memory for another image like x, channels_last."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return torch.empty_like(x, memory_format=torch.channels_last)
 
 
 def shares_of(tasks: int, most: int) -> int:
@@ -272,6 +276,7 @@ def shares_of(tasks: int, most: int) -> int:
     return -(-tasks // each)
 
 
+@cache
 def resident_blocks(device: torch.device, shared_bytes: int, warps: int) -> int:
     """Return about how many blocks run at once that need so much shared memory and registers."""
     by_memory = 2 * MOST_SHARED_BYTES // shared_bytes

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +32,7 @@ _logger = logging.getLogger("sanctl_ops")
 Argument = Tensor | int | float | np.ndarray | np.generic
 
 
-@dataclass(frozen=True)
-class Kernel:
+class Kernel(NamedTuple):
     """One instantiation of a kernel template.
 
     Attributes:
@@ -45,6 +44,7 @@ class Kernel:
     expression: str
 
 
+@lru_cache(maxsize=None, typed=True)
 def kernel(source: str, name: str, *parameters: torch.dtype | bool | int) -> Kernel:
     """Return the instantiation `name<parameters>` of a template in `source`."""
     spelled = [
@@ -79,14 +79,18 @@ def launch(
     """
     if blocks == 0:
         return
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream()
-        function = _compiled(kernel)
-        if shared_bytes > UNASKED_SHARED_BYTES:
-            _allow_most_shared_memory(kernel, stream.device_index)
-        with _shared_with_cupy(stream.cuda_stream, stream.device_index):
-            passed = tuple(_passed(argument) for argument in arguments)
-            function((blocks,), (threads,), passed, shared_mem=shared_bytes)
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, device, blocks, threads, arguments, shared_bytes)
+        return
+    # Triton's way to the stream; `torch.cuda.current_stream` makes an object each time.
+    stream = _shared_with_cupy(torch._C._cuda_getCurrentRawStream(device.index), device.index)
+    function = _function(kernel, device.index, shared_bytes > UNASKED_SHARED_BYTES)
+    passed = [
+        _int32(x) if isinstance(x, int) else x.data_ptr() if isinstance(x, Tensor) else x
+        for x in arguments
+    ]
+    function((blocks,), (threads,), passed, shared_mem=shared_bytes, stream=stream)
 
 
 @dataclass(frozen=True)
@@ -162,13 +166,13 @@ def _tell_once() -> None:
 
 
 @cache
-def _allow_most_shared_memory(kernel: Kernel, device_index: int) -> None:
-    _compiled(kernel).max_dynamic_shared_size_bytes = MOST_SHARED_BYTES
+def _function(kernel: Kernel, device_index: int, most_shared_memory: bool) -> Any:
+    """Return a kernel as loaded on the current device, whose index this is."""
+    compiled = _compiled(kernel)
+    if most_shared_memory:
+        compiled.max_dynamic_shared_size_bytes = MOST_SHARED_BYTES
+    return compiled.kernel
 
 
-def _passed(argument: Argument) -> Any:
-    if isinstance(argument, Tensor):
-        return argument.data_ptr()
-    if isinstance(argument, int):
-        return np.int32(argument)
-    return argument
+# Looked up three times as fast as made.
+_int32 = lru_cache(maxsize=4096)(np.int32)
