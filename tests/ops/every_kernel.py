@@ -29,8 +29,8 @@ from sanctl_ops.kernels import (
     aggregation_mma,
     channels,
     conv_norm_pool,
+    halves,
     pairwise_layout,
-    patchwise_plan,
     runtime,
 )
 from sanctl_ops.kernels.geometry import SAME_KERNEL_SIZES
@@ -124,13 +124,11 @@ def main() -> None:
         torch.autograd.grad(out, x, torch.randn_like(out))
     torch.set_float32_matmul_precision("high")
     hidden_channels = (2, *(8 * tiles for tiles in HIDDEN_TILES))
-    for dtype, size in itertools.product(DTYPES, SAME_KERNEL_SIZES):
-        if dtype in patchwise_plan.DTYPES:
-            for hidden in hidden_channels:
-                run_patchwise(dtype, hidden, size)
-        if dtype in pairwise_layout.DTYPES:
-            for layer, running in itertools.product(PAIRWISE, (False, True)):
-                run_pairwise(dtype, *layer, size, running)
+    for dtype, size in itertools.product(halves.DTYPES, SAME_KERNEL_SIZES):
+        for hidden in hidden_channels:
+            run_patchwise(dtype, hidden, size)
+        for layer, running in itertools.product(PAIRWISE, (False, True)):
+            run_pairwise(dtype, *layer, size, running)
     image_channels = (None, *range(1, conv_norm_pool.MOST_IMAGE_CHANNELS + 1))
     for pooled_case in itertools.product(channels.DTYPES, image_channels, (False, True)):
         run_pooling(*pooled_case)

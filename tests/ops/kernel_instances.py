@@ -13,8 +13,8 @@ from sanctl_ops.kernels import (
     aggregation_mma,
     channels,
     conv_norm_pool,
+    halves,
     pairwise_layout,
-    patchwise_plan,
     runtime,
 )
 from sanctl_ops.kernels.geometry import SAME_KERNEL_SIZES, VECTOR_BYTES
@@ -48,18 +48,18 @@ ELEMENTS = _vectors((1, 4), DTYPES)
 SUMS: list[Parameters] = [(torch.float32,), (torch.float64,)]
 
 PAIRWISE_PLANES: list[Parameters] = list(
-    itertools.product(pairwise_layout.DTYPES, pairwise_layout.KERNEL_SIZES)
+    itertools.product(halves.DTYPES, pairwise_layout.KERNEL_SIZES)
 )
 RELATIONS: list[Parameters] = list(
     itertools.product(pairwise_layout.RELATIONS, pairwise_layout.KERNEL_SIZES)
 )
 VALUES: list[Parameters] = list(
-    itertools.product(pairwise_layout.DTYPES, pairwise_layout.BLOCKS, pairwise_layout.KERNEL_SIZES)
+    itertools.product(halves.DTYPES, pairwise_layout.BLOCKS, pairwise_layout.KERNEL_SIZES)
 )
 # Tiles of 8 hidden channels.
 HIDDEN_TILES = (1, 2, 4, 8)
 PATCHWISE: list[Parameters] = list(
-    itertools.product(patchwise_plan.DTYPES, SAME_KERNEL_SIZES, HIDDEN_TILES)
+    itertools.product(halves.DTYPES, SAME_KERNEL_SIZES, HIDDEN_TILES)
 )
 FLOAT: list[Parameters] = [(torch.float32,)]
 BY_CHANNELS: list[Parameters] = [
@@ -125,16 +125,14 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
     "pairwise_logits.cu": {"pairwise_logits": RELATIONS},
     "pairwise_close.cu": {
         "pairwise_sum_positions": FLOAT,
-        "pairwise_close_sums": [(dtype,) for dtype in pairwise_layout.DTYPES],
+        "pairwise_close_sums": [(dtype,) for dtype in halves.DTYPES],
         "pairwise_join_close": [(flag,) for flag in FLAGS],
         "pairwise_close": PAIRWISE_PLANES,
     },
     "pairwise_fold.cu": {
         "pairwise_moments": PAIRWISE_PLANES,
         "pairwise_join_moments": list(itertools.product(pairwise_layout.RELATIONS, FLAGS)),
-        "pairwise_fold_relation": list(
-            itertools.product(pairwise_layout.DTYPES, pairwise_layout.RELATIONS)
-        ),
+        "pairwise_fold_relation": list(itertools.product(halves.DTYPES, pairwise_layout.RELATIONS)),
     },
     "pairwise_relation_gradient.cu": {
         "pairwise_relation_gradient": RELATIONS,
@@ -142,7 +140,7 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
     },
     "pairwise_aggregate.cu": {"pairwise_aggregate": VALUES},
     "pairwise_largest.cu": {
-        "pairwise_largest": [(d, VECTOR_BYTES // d.itemsize) for d in pairwise_layout.DTYPES]
+        "pairwise_largest": [(d, VECTOR_BYTES // d.itemsize) for d in halves.DTYPES]
     },
     "pairwise_sums_gradient.cu": {
         "pairwise_logits_gradient": [(*v, s) for v in VALUES for s in pairwise_layout.SLOTS],
@@ -169,17 +167,17 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
     },
     "patchwise_hidden.cu": {"patchwise_hidden": PATCHWISE},
     "patchwise_narrow.cu": {
-        name: [(dtype,) for dtype in patchwise_plan.DTYPES]
+        name: [(dtype,) for dtype in halves.DTYPES]
         for name in (
             "patchwise_attend_narrow",
             "patchwise_value_gradient_narrow",
         )
     },
     "patchwise_narrow_slopes.cu": {
-        "patchwise_slopes_narrow": [(dtype,) for dtype in patchwise_plan.DTYPES]
+        "patchwise_slopes_narrow": [(dtype,) for dtype in halves.DTYPES]
     },
     "patchwise_narrow_relation.cu": {
-        name: [(dtype,) for dtype in patchwise_plan.DTYPES]
+        name: [(dtype,) for dtype in halves.DTYPES]
         for name in (
             "patchwise_hidden_narrow",
             "patchwise_relation_gradient_narrow",
@@ -197,8 +195,8 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
     "patchwise_relation_gradient.cu": {"patchwise_relation_gradient": PATCHWISE},
     "patchwise_slopes.cu": {"patchwise_slopes": PATCHWISE},
     "patchwise_statistics.cu": {
-        "patchwise_image_moments": [(dtype,) for dtype in patchwise_plan.DTYPES],
-        "patchwise_statistics": list(itertools.product(patchwise_plan.DTYPES, SAME_KERNEL_SIZES)),
+        "patchwise_image_moments": [(dtype,) for dtype in halves.DTYPES],
+        "patchwise_statistics": list(itertools.product(halves.DTYPES, SAME_KERNEL_SIZES)),
     },
     "patchwise_value_gradient.cu": {"patchwise_value_gradient": PATCHWISE},
     "patchwise_weight_gradient.cu": {

@@ -27,7 +27,7 @@ from sanctl_ops.checks import DTYPES
 from sanctl_ops.kernels import (
     channels,
     geometry,
-    pairwise_layout,
+    halves,
     pairwise_planes,
     pairwise_tiles,
     patchwise_plan,
@@ -191,14 +191,14 @@ def test_launches_fit_the_declarations_and_are_all_compiled(launches: Launches) 
         pooled_inputs = draw_pooled(pooling_case).to("cpu", dtype, torch.float32)
         out, *_ = pooled(pooled_inputs)
         torch.autograd.grad(out, pooled_inputs.leaves, torch.zeros_like(out))
-    for dtype in pairwise_layout.DTYPES:
+    for dtype in halves.DTYPES:
         for case in PAIRWISE_CASES:
             inputs = draw(case).converted("cpu", dtype, torch.float32)
             out = fused(inputs).out
             torch.autograd.grad(out, inputs.leaves, torch.zeros_like(out))
     torch.set_float32_matmul_precision("high")
     hidden_channels = (2, *(8 * tiles for tiles in HIDDEN_TILES))
-    for dtype, hidden, size in itertools.product(patchwise_plan.DTYPES, hidden_channels, (3, 5, 7)):
+    for dtype, hidden, size in itertools.product(halves.DTYPES, hidden_channels, (3, 5, 7)):
         x = PatchwiseCase("", 9, 8, size, relation=hidden * 2, hidden=hidden).inputs()
         attended(x.to("cpu", dtype, torch.float32), torch.zeros_like(x.value))
     compiled = {instance for source in TEMPLATES for instance in instances(source)}

@@ -25,7 +25,8 @@ from sanctl_ops import (
     pairwise_attention_obstacle,
     pairwise_formulas,
 )
-from sanctl_ops.kernels.pairwise_layout import DTYPES, Layout
+from sanctl_ops.kernels.halves import DTYPES
+from sanctl_ops.kernels.pairwise_layout import Layout
 from sanctl_ops.kernels.pairwise_tiles import obstacle
 
 each_device = pytest.mark.parametrize("device", DEVICES)

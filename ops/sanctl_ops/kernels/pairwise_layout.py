@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-import torch
 from torch import Tensor
 
 # As in pairwise.cuh.
@@ -16,7 +15,6 @@ IN_TAIL = TAIL - 3
 SLOTS = (2, 4, 8)
 BLOCKS = (2, 4, 8)
 KERNEL_SIZES = (3, 5, 7)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from functools import cache, cached_property
 import numpy as np
 import torch
 
+from sanctl_ops.kernels import halves
 from sanctl_ops.kernels.geometry import DIVISOR, divisor, structure
-from sanctl_ops.kernels.pairwise_layout import DTYPES, Layout
+from sanctl_ops.kernels.pairwise_layout import Layout
 from sanctl_ops.kernels.runtime import MOST_SHARED_BYTES
 
 # As struct Tiling in pairwise.cuh.
@@ -94,15 +95,7 @@ def slope_walk(layout: Layout) -> Tiles:
 
 def obstacle(dtype: torch.dtype, layout: Layout) -> str | None:
     """Return why the kernels cannot take these tensors, or None if they can."""
-    if dtype not in DTYPES:
-        return f"there are kernels for float16, bfloat16 and float32, not for {dtype}"
-    # Their products are of halves, whose mantissas are as long as those of TF32.
-    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
-        return (
-            "float32 products are asked to be exact; allowing TF32, or mixed precision, lets the "
-            "kernels run"
-        )
-    reason = layout.obstacle
+    reason = halves.obstacle(dtype, "pairwise attention") or layout.obstacle
     if reason is not None:
         return reason
     one = layout.of_one_image

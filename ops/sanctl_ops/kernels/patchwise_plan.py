@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sanctl_ops.kernels import halves
 from sanctl_ops.kernels.geometry import SAME_KERNEL_SIZES, structure
 from sanctl_ops.kernels.runtime import MOST_SHARED_BYTES
 
@@ -23,7 +24,6 @@ SHAPE = np.dtype(
         )
     ]
 )
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # As in patchwise.cuh.
 PIXELS, CHANNELS, SHARE = 16, 8, 8
 VALUES = CHANNELS * SHARE
@@ -194,16 +194,7 @@ def obstacle(
     dtype: torch.dtype, sizes: Sizes, needed: tuple[Bytes, ...] = (bytes_of_slopes, bytes_of_hidden)
 ) -> str | None:
     """Return why the kernels do not take such tensors, or None if they do."""
-    if dtype not in DTYPES:
-        name = str(dtype).removeprefix("torch.")
-        return f"the kernels of patchwise attention take float16, bfloat16 and float32, not {name}"
-    # The products are of halves, which have as many digits as TF32.
-    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
-        return (
-            "float32 products are asked to be exact; allowing TF32, or mixed precision, lets the "
-            "kernels of patchwise attention run"
-        )
-    return _misfit(sizes, needed)
+    return halves.obstacle(dtype, "patchwise attention") or _misfit(sizes, needed)
 
 
 @lru_cache(maxsize=256)
