@@ -1,21 +1,26 @@
 """Networks through torch.compile."""
 
+from collections.abc import Callable, Collection
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 
-def compile_network(network: nn.Module) -> nn.Module:
-    """Return the network through torch.compile, for batches of any number of images.
+def compile_network(network: nn.Module, counts: Collection[int]) -> Callable[[Tensor], Tensor]:
+    """Return the network through torch.compile, for batches of certain numbers of images.
 
-    It is compiled once for training and once for evaluation: an epoch's last batch, which may have
-    fewer images, takes the same code. Only a batch of a single image gets code of its own.
+    Each is compiled by itself, once for training and once for evaluation: kernels for any number
+    are slower. Batches of other numbers, such as an epoch's last, take the network as it is.
+
+    Args:
+        network: maps (N, C, H, W) to logits; C, H and W are always the same.
+        counts: each N to compile for.
     """
-    compiled = cast("nn.Module", torch.compile(network))
-    compiled.register_forward_pre_hook(_free_batch)
-    return compiled
+    compiled = cast("nn.Module", torch.compile(network, dynamic=False))
 
+    def forward(images: Tensor) -> Tensor:
+        logits: Tensor = (compiled if len(images) in counts else network)(images)
+        return logits
 
-def _free_batch(network: nn.Module, inputs: tuple[Tensor]) -> None:
-    torch._dynamo.maybe_mark_dynamic(inputs[0], 0)
+    return forward

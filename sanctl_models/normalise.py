@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sanctl_ops import Norm, batch_norm_relu, batch_norm_relu_obstacle
+from sanctl_ops.window import plane_format
 
 
 def normalise_relu(batch_norm: nn.Module, x: Tensor) -> Tensor:
@@ -52,8 +53,9 @@ def normalises_by_batch(batch_norm: nn.BatchNorm2d) -> bool:
 def _is_for_the_operator(batch_norm: nn.BatchNorm2d, x: Tensor) -> bool:
     # The module itself knows what to do with, or say to, channels of one value or none.
     plain = normalises_by_batch(batch_norm) and is_affine(batch_norm)
-    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-    return plain and dense and x.numel() > x.shape[1] and batch_norm_relu_obstacle(x) is None
+    # While it compiles, torch does not know planes of an open number of images to be channels_last.
+    served = x.is_contiguous() or plane_format(x) == torch.channels_last
+    return plain and served and x.numel() > x.shape[1] and batch_norm_relu_obstacle(x) is None
 
 
 def is_affine(batch_norm: nn.BatchNorm2d) -> bool:

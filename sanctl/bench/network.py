@@ -66,7 +66,7 @@ class RunningNetwork:
         self._device = device
         self._model = model.train(settings.trains)
         self._replica: nn.Module | None = None
-        self._forward = compile_network(model) if settings.compiled else model
+        self._forward = self._compiled(model) if settings.compiled else model
         self._optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         scaled = settings.autocast_dtype is torch.float16
         self._scaler = torch.amp.GradScaler(device.type, enabled=scaled)
@@ -82,8 +82,12 @@ class RunningNetwork:
                 over several processes.
         """
         self._replica = replicate(self._model, self._device)
-        self._forward = compile_network(self._replica) if self._settings.compiled else self._replica
+        replica = self._replica
+        self._forward = self._compiled(replica) if self._settings.compiled else replica
         return self._replica
+
+    def _compiled(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
+        return compile_network(network, {self._settings.batch})
 
     def step(self) -> None:
         """Queue a step."""

@@ -108,7 +108,7 @@ def _train_epoch(run: Run, audience: Audience, stop: StopRequest) -> tuple[Score
     epoch, steps = state.epoch + 1, len(run.train)
     rate = state.begin_epoch(train)
     metrics = _begun_metrics(run)
-    train_step = TrainStep(state, train, run.replica, run.precision, run.seed, run.team)
+    train_step = TrainStep(state, train, run.trains, run.replica, run.precision, run.seed, run.team)
     watch, clock = DivergenceWatch(run), StepClock()
     audience.reporter.epoch_started(epoch, steps, state.step)
     state.model.train()
@@ -171,7 +171,7 @@ def _evaluate_epoch(run: Run, audience: Audience, stop: StopRequest) -> Scores:
     metrics = ClassificationMetrics(len(run.classes), train.ignore_label, run.device)
     clock = StepClock()
     audience.reporter.evaluation_started(steps)
-    forward = run.forward if run.state.ema is None else run.state.ema.module
+    forward = run.evaluates if run.state.ema is None else run.state.ema.module
     evaluated: nn.Module = run.state.evaluated
     run.team.share_buffers(evaluated)
     evaluated.eval()

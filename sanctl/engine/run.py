@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,8 +53,8 @@ class Run:
         device, precision: what it computes on, and in which arithmetic.
         state: what training changes.
         team: the processes that train together.
-        forward: the network, compiled or not.
         replica: what each process trains of it: the network itself where there is one process.
+        trains, evaluates: replica and network, compiled or not.
         pipe: brings batches to the device.
         train, train_images: the training batches, and of how many images.
         image_name: what a training image is called, by its number.
@@ -70,8 +71,9 @@ class Run:
     precision: Precision
     team: Team
     state: TrainState
-    forward: Forward
-    replica: Forward
+    replica: nn.Module
+    trains: Forward
+    evaluates: Forward
     pipe: InputPipe
     train: TrainLoader
     train_images: int
@@ -152,7 +154,13 @@ def open_run(
         _require_images_to_normalise(config, state.model, len(train_source), team)
     if state.epoch < config.TRAIN.epochs:
         notes.append(describe_room(folder, state.model, config.TRAIN))
-    forward, replica = _open_forward(config, state.model, target, team)
+    replica = team.replicate(state.model, target)
+    val_images = 0 if val_source is None else len(val_source)
+    counts = _full_batches(config, len(train_source), val_images, team)
+    trains, evaluates = (
+        compile_network(network, count) if config.TRAIN.compile else network
+        for network, count in zip((replica, state.model), counts, strict=True)
+    )
     return Run(
         config=config,
         dataset=loaded.dataset,
@@ -163,14 +171,15 @@ def open_run(
         precision=precision,
         team=team,
         state=state,
-        forward=forward,
         replica=replica,
+        trains=trains,
+        evaluates=evaluates,
         pipe=input_pipe(config, target),
         train=train,
         train_images=len(train_source),
         image_name=train_source.name,
         val=open_val(config, val_source, team),
-        val_images=0 if val_source is None else len(val_source),
+        val_images=val_images,
         notes=notes,
     )
 
@@ -236,15 +245,17 @@ def _open_state(
     return state
 
 
-def _open_forward(
-    config: Config, model: nn.Module, device: torch.device, team: Team
-) -> tuple[Forward, Forward]:
-    """The network as it is evaluated, and as this process trains it."""
-    replica = team.replicate(model, device)
-    if not config.TRAIN.compile:
-        return model, replica
-    forward = compile_network(model)
-    return forward, forward if replica is model else compile_network(replica)
+def _full_batches(
+    config: Config, images: int, val_images: int, team: Team
+) -> tuple[set[int], set[int]]:
+    """Of how many images this process takes at once what it has of full batches."""
+    train = config.TRAIN
+    shares = (
+        torch.from_numpy(team.share.of(np.arange(min(size, of))))
+        for size, of in ((train.batch_size, images), (train.batch_size_val, val_images))
+    )
+    trained, evaluated = shares
+    return {len(part) for part in trained.chunk(train.accumulate)}, {len(evaluated)}
 
 
 def _require_images_to_normalise(config: Config, model: nn.Module, images: int, team: Team) -> None:

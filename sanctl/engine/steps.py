@@ -65,7 +65,8 @@ class TrainStep:
     Args:
         state: what is trained.
         train: the configuration's TRAIN section.
-        forward: `state.model`, compiled or not, or the replica of it that the team trains.
+        forward: `replica`, compiled or not.
+        replica: `state.model`, or what the team trains of it.
         precision: of forward and backward.
         seed: makes mixup's draws a function of (seed, epoch, step).
         team: the processes that share each batch.
@@ -76,6 +77,7 @@ class TrainStep:
         state: TrainState,
         train: TrainConfig,
         forward: Forward,
+        replica: nn.Module,
         precision: Precision,
         seed: int,
         team: Team,
@@ -83,6 +85,7 @@ class TrainStep:
         self._state = state
         self._train = train
         self._forward = forward
+        self._replica = replica
         self._precision = precision
         self._seed = seed
         self._team = team
@@ -109,7 +112,7 @@ class TrainStep:
         parts = self._parts(images, targets, partners)
         for number, (image_part, target_part, partner_part) in enumerate(parts, start=1):
             last = number == len(parts)
-            with nullcontext() if last else self._team.unsynchronised(self._forward):
+            with nullcontext() if last else self._team.unsynchronised(self._replica):
                 with self._precision.autocast():
                     output = self._forward(image_part)
                     loss = self._loss(output, target_part, partner_part, mixup, count)

@@ -191,7 +191,7 @@ def test_steps_and_metrics_do_not_wait_for_the_gpu() -> None:
     model = create_model("resnet26", num_classes=7).to(GPU)
     precision = Precision.choose(True, GPU)
     state = TrainState(model, train, precision)
-    step = TrainStep(state, train, model, precision, seed=0, team=ALONE)
+    step = TrainStep(state, train, model, model, precision, seed=0, team=ALONE)
     metrics = ClassificationMetrics(7, -1, GPU)
     images = torch.randn(8, 3, 64, 64, device=GPU)
     targets = torch.arange(8, device=GPU) % 7

@@ -40,7 +40,7 @@ def make(model: nn.Module, **keys: Any) -> tuple[TrainStep, TrainState]:
     precision = Precision("cpu")
     state = TrainState(model, train, precision)
     state.begin_epoch(train)
-    return TrainStep(state, train, model, precision, SEED, ALONE), state
+    return TrainStep(state, train, model, model, precision, SEED, ALONE), state
 
 
 def weights(model: nn.Module) -> torch.Tensor:

@@ -101,7 +101,8 @@ def steps_of(team: Team) -> tuple[list[float], list[float]]:
     train = TrainConfig(model="resnet26", base_lr=0.5, accumulate=2)
     state = TrainState(model, train, Precision("cpu"))
     state.begin_epoch(train)
-    step = TrainStep(state, train, team.replicate(model, CPU), Precision("cpu"), 3, team)
+    replica = team.replicate(model, CPU)
+    step = TrainStep(state, train, replica, replica, Precision("cpu"), 3, team)
     losses = []
     for number in range(3):
         generator = torch.Generator().manual_seed(number)
