@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sanctl_ops import norm_formulas as formulas
 from sanctl_ops.attention import Norm
 from sanctl_ops.backend import runs_kernels
 from sanctl_ops.kernels import channels as by_channels
@@ -24,11 +25,9 @@ def batch_norm_relu_channels_last(
     norm = Norm(weight, bias, None, None, eps).to(accumulation_dtype(x.dtype))
     if _by_kernels(x):
         return kernels.forward(x, norm)
-    variance, mean = torch.var_mean(x.to(norm.weight.dtype), (0, 2, 3), correction=0)
-    scale = norm.weight / (variance + eps).sqrt()
-    table = torch.stack((scale, norm.bias - scale * mean))
+    mean, variance, table = formulas.statistics(x, norm)
     out = torch.empty_like(x, memory_format=torch.channels_last)
-    return out.copy_(_normalised(x, table).relu_()), mean, variance, table
+    return out.copy_(formulas.normalised(x, table).relu_()), mean, variance, table
 
 
 @batch_norm_relu_channels_last.register_fake
@@ -58,12 +57,9 @@ def _backward(
     if _by_kernels(x):
         grad_x, *gradients = kernels.backward(grad, x, norm, table)
     else:
-        slope = torch.ops.aten.threshold_backward(grad.to(table.dtype), _normalised(x, table), 0)
-        wide, *gradients = torch.ops.aten.native_batch_norm_backward(
-            *(slope, x.to(table.dtype), norm.weight, None, None, mean),
-            *((variance + eps).rsqrt(), True, eps, [True] * 3),
-        )
-        grad_x = torch.empty_like(x, memory_format=torch.channels_last).copy_(wide)
+        before = formulas.normalised(x, table)
+        slopes = torch.ops.aten.threshold_backward(grad.to(table.dtype), before, 0)
+        grad_x, *gradients = formulas.gradients(slopes, x, norm, by_batch=True)
     return grad_x, gradients[0].to(weight.dtype), gradients[1].to(bias.dtype)
 
 
@@ -78,11 +74,6 @@ def _(
 def _by_kernels(x: Tensor) -> bool:
     served = by_channels.obstacle(x.dtype, x.shape[1], "batch_norm_relu") is None
     return served and runs_kernels(x.device) and by_channels.fits(x)
-
-
-def _normalised(x: Tensor, table: Tensor) -> Tensor:
-    scale, shift = (t[:, None, None] for t in table)
-    return x.to(table.dtype) * scale + shift
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

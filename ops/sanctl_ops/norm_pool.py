@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sanctl_ops import norm_formulas as formulas
 from sanctl_ops.attention import Norm
 from sanctl_ops.attention_checks import check_norm
 from sanctl_ops.backend import choose_backend, runs_kernels
@@ -81,19 +82,12 @@ def _norm_pool(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the output, mean and variance, and (2, C) factors and summands of x."""
-    dtype = accumulation_dtype(x.dtype)
-    norm = Norm(weight, bias, mean, variance, eps).to(dtype)
+    norm = Norm(weight, bias, mean, variance, eps).to(accumulation_dtype(x.dtype))
     if _by_kernels(x):
         return kernels.forward(x, norm)
-    if norm.mean is None or norm.variance is None:
-        variance, mean = torch.var_mean(x.to(dtype), (0, 2, 3), correction=0)
-    else:
-        # An operator may not return what it was given.
-        variance, mean = norm.variance.clone(), norm.mean.clone()
-    scale = norm.weight / (variance + eps).sqrt()
-    table = torch.stack((scale, norm.bias - scale * mean))
+    mean, variance, table = formulas.statistics(x, norm)
     out = pooling.pooled_like(x, x.shape[1])
-    out.copy_(F.max_pool2d(_normalised(x, table), 2).relu_())
+    out.copy_(F.max_pool2d(formulas.normalised(x, table), 2).relu_())
     return out, mean, variance, table
 
 
@@ -123,17 +117,14 @@ def _norm_pool_backward(
     if _by_kernels(x):
         grad_x, *gradients = kernels.backward(grad, x, norm, table, by_batch)
     else:
-        normalised = _normalised(x, table)
+        normalised = formulas.normalised(x, table)
         most, places = F.max_pool2d(normalised, 2, return_indices=True)
         slope = torch.ops.aten.threshold_backward(grad.to(table.dtype), most, 0)
         slopes = torch.zeros_like(normalised, memory_format=torch.contiguous_format).flatten(2)
         # Windows do not overlap: no two gradients go to one place.
         slopes.scatter_(2, places.flatten(2), slope.flatten(2))
-        wide, *gradients = torch.ops.aten.native_batch_norm_backward(
-            *(slopes.view_as(normalised), x.to(table.dtype), norm.weight, mean, variance, mean),
-            *((variance + eps).rsqrt(), by_batch, eps, [True] * 3),
-        )
-        grad_x = torch.empty_like(x, memory_format=torch.channels_last).copy_(wide)
+        slopes = slopes.view_as(normalised)
+        grad_x, *gradients = formulas.gradients(slopes, x, norm, by_batch)
     return grad_x, gradients[0].to(weight.dtype), gradients[1].to(bias.dtype)
 
 
@@ -143,11 +134,6 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x = torch.empty_like(x, memory_format=torch.channels_last)
     return grad_x, weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-
-
-def _normalised(x: Tensor, table: Tensor) -> Tensor:
-    scale, shift = (t[:, None, None] for t in table)
-    return x.to(table.dtype) * scale + shift
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -250,12 +250,10 @@ def _full_batches(
 ) -> tuple[set[int], set[int]]:
     """Of how many images this process takes at once what it has of full batches."""
     train = config.TRAIN
-    shares = (
-        torch.from_numpy(team.share.of(np.arange(min(size, of))))
-        for size, of in ((train.batch_size, images), (train.batch_size_val, val_images))
-    )
-    trained, evaluated = shares
-    return {len(part) for part in trained.chunk(train.accumulate)}, {len(evaluated)}
+    trained = team.share.of(np.arange(min(train.batch_size, images)))
+    evaluated = team.share.of(np.arange(min(train.batch_size_val, val_images)))
+    parts = torch.from_numpy(trained).chunk(train.accumulate)
+    return {len(part) for part in parts}, {len(evaluated)}
 
 
 def _require_images_to_normalise(config: Config, model: nn.Module, images: int, team: Team) -> None:
