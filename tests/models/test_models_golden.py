@@ -45,7 +45,7 @@ FLOAT64 = Tolerance(1e-8, 1e-8, ZERO_GRADIENT)
 # than it moves values: on a CPU by 2 %. The products of the non-local network amplify rounding
 # most: its logits are off by 1e-4 on a CPU and by 1.1e-3 on an H200, all others by 3e-5 or less.
 FLOAT32 = Tolerance(2e-3, 5e-2, 1e-3)
-# The gradients of positions are sums that nearly cancel: one is off by 5 % in this order of summing.
+# The gradients of positions are sums that nearly cancel: one is off by 5 % in this order of sums.
 FUSED_FLOAT32 = Tolerance(2e-3, 0.1, 1e-3)
 
 

@@ -139,7 +139,6 @@ def test_patchwise_kernels_agree_with_autograd(
 FLOAT32_CASES = [
     PatchwiseCase("narrow, far", 18, 5, 3, batch=1, offset=100),
     PatchwiseCase("tiles", 15, 5, 3, relation=5, hidden=3, share=5, batch=1),
-    PatchwiseCase("wide", 4, 5, 3, 20, 12, 3, 1, training=False, layout="sliced"),
     PatchwiseCase("far", 8, 9, 3, 16, 8, batch=1, offset=100),
 ]
 FARTHER = PatchwiseCase("farther", 8, 9, 3, 16, 8, batch=1, offset=3e4)
@@ -219,7 +218,6 @@ def test_patchwise_kernels_keep_to_the_channels_of_an_image() -> None:
 REPEATED = PairwiseCase("repeated", 12, 4, 9, 15, 3, batch=1, layout="channels_last")
 PAIRWISE_CASES = [
     (torch.bfloat16, REPEATED),
-    (torch.float32, REPEATED),
     (torch.bfloat16, PairwiseCase("two taps", 64, 32, 3, 9, 3, group=2, batch=1)),
 ]
 
@@ -368,7 +366,7 @@ def test_kernels_that_normalise_and_pool(
 NORMALISED = [
     (torch.bfloat16, (2, 24, 7, 9), 0.3),
     (torch.float16, (3, 8, 2, 3), 0.3),
-    (torch.float32, (3, 256, 33, 18), 0.3),
+    (torch.float32, (3, 256, 9, 18), 0.3),
     (torch.float32, (2, 16, 12, 13), 200.0),
 ]
 
