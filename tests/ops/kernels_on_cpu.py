@@ -1,7 +1,7 @@
 """Runs the kernels on a CPU: their sources, compiled by g++ against `cuda_on_cpu/`.
 
-Threads of a block are threads, barriers are barriers, shared memory begins as NaN, and copies ahead
-of use arrive no sooner than they are waited for. Only the PTX of `ptx.cuh` is exchanged for C++.
+Threads of a block take turns at barriers, shared memory begins as NaN, and copies ahead of use
+arrive no sooner than they are waited for. Only the PTX of `ptx.cuh` is exchanged for C++.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from sanctl_ops.kernels import runtime
 from sanctl_ops.kernels.runtime import Kernel
 
 EMULATION = Path(__file__).parent / "cuda_on_cpu"
-OPTIONS = ("-std=c++20", "-O1", "-w", "-fPIC", "-pthread")
+OPTIONS = ("-std=c++20", "-O1", "-w", "-fPIC")
 DECLARATION = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(([^)]*)\)")
 ENTRY = """
 extern "C" void launch(unsigned blocks, unsigned threads, {parameters}) {{

@@ -117,13 +117,7 @@ inline void store_pair(unsigned first, unsigned second, unsigned pair, bool stor
 }
 
 // Copies arrive when they are waited for, not before: a kernel that reads too early reads NaN.
-struct Copy {
-    void* to;
-    const void* from;
-    size_t bytes;
-};
-
-inline thread_local std::vector<std::vector<Copy>> groups(1);
+inline std::vector<std::vector<Copy>>& groups() { return threads[threadIdx.x].groups; }
 
 template <int V, typename T>
 inline void copy_async(T* to, const T* from) {
@@ -134,7 +128,7 @@ inline void copy_async(T* to, const T* from) {
     }
     if (reinterpret_cast<size_t>(to) % BYTES || reinterpret_cast<size_t>(from) % BYTES)
         fail("a copy is not aligned");
-    groups.back().push_back({to, from, BYTES});
+    groups().back().push_back({to, from, BYTES});
 }
 
 template <int V, typename T>
@@ -148,13 +142,14 @@ inline void copy_or_clear(T* to, const T* from, bool exists) {
     copy_async<V>(to, exists ? from : zeros);
 }
 
-inline void end_group() { groups.emplace_back(); }
+inline void end_group() { groups().emplace_back(); }
 
 template <int PENDING>
 inline void wait_for_groups() {
-    while (groups.size() > PENDING + 1) {
-        for (const Copy& copy : groups.front()) memcpy(copy.to, copy.from, copy.bytes);
-        groups.erase(groups.begin());
+    auto& own = groups();
+    while (own.size() > PENDING + 1) {
+        for (const Copy& copy : own.front()) memcpy(copy.to, copy.from, copy.bytes);
+        own.erase(own.begin());
     }
 }
 
