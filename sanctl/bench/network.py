@@ -66,7 +66,7 @@ class RunningNetwork:
         self._device = device
         self._model = model.train(settings.trains)
         self._replica: nn.Module | None = None
-        self._forward = self._compiled(model) if settings.compiled else model
+        self._forward = self._as_set(model)
         self._optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         scaled = settings.autocast_dtype is torch.float16
         self._scaler = torch.amp.GradScaler(device.type, enabled=scaled)
@@ -82,12 +82,8 @@ class RunningNetwork:
                 over several processes.
         """
         self._replica = replicate(self._model, self._device)
-        replica = self._replica
-        self._forward = self._compiled(replica) if self._settings.compiled else replica
+        self._forward = self._as_set(self._replica)
         return self._replica
-
-    def _compiled(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
-        return compile_network(network, {self._settings.batch})
 
     def step(self) -> None:
         """Queue a step."""
@@ -107,6 +103,11 @@ class RunningNetwork:
         if self._replica is not None:
             held += sum(weight.nbytes for weight in self._model.parameters())
         return held
+
+    def _as_set(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Return the network compiled, or as it is."""
+        counts = {self._settings.batch}
+        return compile_network(network, counts) if self._settings.compiled else network
 
     def _train(self) -> None:
         with self._autocast():

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from kernels_on_cpu import Launcher, take_cpu_for_gpu
 
 
 @pytest.fixture
@@ -21,3 +22,17 @@ def _same_precision() -> Iterator[None]:
     allowed = torch.backends.cuda.matmul.allow_tf32
     yield
     torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Launcher:
+    return Launcher(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture
+def _kernels_on_cpu(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the operators take the CPU for a GPU, and torch fill new memory with NaN."""
+    take_cpu_for_gpu(monkeypatch, launcher)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -5,17 +5,22 @@ arrive no sooner than they are waited for. Only the PTX of `ptx.cuh` is exchange
 """
 
 import ctypes
+import importlib
+import pkgutil
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
+import sanctl_ops
+from sanctl_ops import backend, kernels
 from sanctl_ops.kernels import runtime
 from sanctl_ops.kernels.runtime import Kernel
 
@@ -94,3 +99,14 @@ def _argument(argument: Any) -> tuple[Any, int]:
         return argument, argument.data_ptr()
     kept = np.asarray(argument, np.int32 if isinstance(argument, int) else None)
     return kept, kept.ctypes.data
+
+
+def take_cpu_for_gpu(monkeypatch: pytest.MonkeyPatch, launch: Callable[..., None]) -> None:
+    """Let the operators ask for kernels on a CPU, too, and `launch` be who launches them."""
+    for package in (sanctl_ops, kernels):
+        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            module = importlib.import_module(found.name)
+            if module is not runtime and hasattr(module, "launch"):
+                monkeypatch.setattr(module, "launch", launch)
+            if module is not backend and hasattr(module, "runs_kernels"):
+                monkeypatch.setattr(module, "runs_kernels", lambda device: True)

@@ -1,8 +1,6 @@
 """The kernels without a GPU: all of them compile, and are launched with what they declare."""
 
-import importlib
 import itertools
-import pkgutil
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_instances import HIDDEN_TILES, TEMPLATES, instances
+from kernels_on_cpu import take_cpu_for_gpu
 from op_cases import CASES, OPERATORS, Case, Operator, make_inputs
 from pairwise_oracle import PairwiseCase, draw, fused
 from patchwise_cases import Case as PatchwiseCase
@@ -22,7 +21,6 @@ from pooling_cases import fused as pooled
 from torch import Tensor
 
 import sanctl_ops
-from sanctl_ops import kernels
 from sanctl_ops.checks import DTYPES
 from sanctl_ops.kernels import (
     channels,
@@ -139,13 +137,7 @@ class Launches:
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     """Let the operators take tensors of the CPU as if kernels could run there."""
     recorded = Launches(set(), declarations())
-    for package in (sanctl_ops, kernels):
-        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-            module = importlib.import_module(found.name)
-            if module is not runtime and hasattr(module, "launch"):
-                monkeypatch.setattr(module, "launch", recorded)
-            if module.__name__ != "sanctl_ops.backend" and hasattr(module, "runs_kernels"):
-                monkeypatch.setattr(module, "runs_kernels", lambda device: True)
+    take_cpu_for_gpu(monkeypatch, recorded)
     return recorded
 
 
