@@ -116,14 +116,19 @@ struct Walk {
     int step, down, across, columns;
 };
 
-// As near to x as a finite half can be; a NaN stays one.
-__device__ inline float within_halves(float x) {
-    x = x > MOST_HALF ? MOST_HALF : x;
-    return x < -MOST_HALF ? -MOST_HALF : x;
+// As near to x as `most` lets it be; a NaN stays one.
+__device__ inline float within(float x, float most) {
+    x = x > most ? most : x;
+    return x < -most ? -most : x;
 }
 
-__device__ inline unsigned pack_halves(float first, float second) {
-    return pack<Half>(within_halves(first), within_halves(second));
+__device__ inline float within_halves(float x) { return within(x, MOST_HALF); }
+
+// Two values in units. No more deviations than these are possible among the values of a batch, but with
+// running statistics; they leave room for scale and shift.
+__device__ inline unsigned pack_units(float first, float second) {
+    constexpr float MOST = 8192;
+    return pack<Half>(within(first, MOST), within(second, MOST));
 }
 
 // Channels `first` to `first + 7` of a pixel with `count` of them; zeros beyond, where anything may lie.
@@ -156,8 +161,8 @@ struct EightUnits {
         Vector<unsigned, 4> halves;
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-            halves.at[e] = pack_halves((values[2 * e] - pivots[2 * e]) * units[2 * e],
-                                       (values[2 * e + 1] - pivots[2 * e + 1]) * units[2 * e + 1]);
+            halves.at[e] = pack_units((values[2 * e] - pivots[2 * e]) * units[2 * e],
+                                      (values[2 * e + 1] - pivots[2 * e + 1]) * units[2 * e + 1]);
         return halves;
     }
 };

@@ -15,8 +15,8 @@ __global__ void __launch_bounds__(THREADS, WT == 8 ? 2 : 3)
     const int part = blockIdx.x % WT, lane = threadIdx.x % 32;
     const Tile tile(shape, blockIdx.x / WT, true);
     const long long before = static_cast<long long>(tile.n) * shape.pixels();
-    // Weights of up to 2^15 do not take the sum of a row of taps beyond all halves.
-    const float factor = stage_values<T, true, -2>(
+    // No halves as weights take the sum of a row of taps beyond all halves.
+    const float factor = stage_values<T, true, -3>(
         staged, most, value + before * shape.value_pitch, shape.value_pitch, shape, tile, RADIUS,
         part * CHANNELS);
     __syncthreads();

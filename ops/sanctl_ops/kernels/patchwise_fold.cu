@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(THREADS)
         const int number = tap == taps ? c : relation + c * taps + tap;
         values[e] = c < relation && row < hidden ? weight[row * relation * (taps + 1) + number] : 0;
     }
-    reinterpret_cast<unsigned*>(fragments)[i] = pack_halves(values[0], values[1]);
+    reinterpret_cast<unsigned*>(fragments)[i] = pack_finite(values[0], values[1]);
 }
 
 // The same times the relation's scale, of 8 relation channels and all hidden ones, (tap, half a tile).
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(THREADS)
                     factors.scale * weight[row * relation * (taps + 1) + factors.number]);
         }
     }
-    reinterpret_cast<unsigned*>(fragments)[i] = pack_halves(values[0], values[1]);
+    reinterpret_cast<unsigned*>(fragments)[i] = pack_finite(values[0], values[1]);
 }
 
 // The second convolution as second operands, (8 weight channels, tap): of all hidden channels and these,
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(THREADS)
         const int in = tile * 8 + (TURNED ? lane / 4 : lane % 4 * 2 + e);
         values[e] = out < hidden && in < hidden ? weight[(out * taps + tap) * hidden + in] : 0;
     }
-    reinterpret_cast<unsigned*>(fragments)[i] = pack_halves(values[0], values[1]);
+    reinterpret_cast<unsigned*>(fragments)[i] = pack_finite(values[0], values[1]);
     if (!TURNED && tile == 0 && lane < CHANNELS)
         biases[i / hidden_tiles / 32 * CHANNELS + lane] =
             part + lane < hidden ? bias[(part + lane) * taps + tap] : 0;

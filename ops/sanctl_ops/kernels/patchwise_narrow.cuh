@@ -122,7 +122,7 @@ struct Arrays {
         for (int w = 0; w < WIDE; ++w) {
             const float* of_weight = terms + tap * TERMS + w * 3;
             const float sum = of_weight[0] * first + of_weight[1] * second + of_weight[2];
-            weights[w] = pack<Half>(sum, sum);
+            weights[w] = pack_finite(sum, sum);
         }
     }
 };

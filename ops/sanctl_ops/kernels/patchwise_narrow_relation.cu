@@ -25,7 +25,7 @@ __device__ inline Channels in_units(const T* pixel, const Units& units, const Sh
     load_relation(pixel, shape, x);
 #pragma unroll
     for (int c = 0; c < RELATION; ++c) x[c] = (x[c] - units.pivots[c]) * units.units[c];
-    return {pack_halves(x[0], x[1]), pack_halves(x[2], x[3])};
+    return {pack_units(x[0], x[1]), pack_units(x[2], x[3])};
 }
 
 template <typename T>

@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(THREADS)
                 x = x < 0 || channel + e >= channels ? 0 : x;
             }
             reinterpret_cast<unsigned*>(rectified)[begin + b * step] =
-                pack_halves(values[b][0], values[b][1]);
+                pack_finite(values[b][0], values[b][1]);
         }
     }
 }
@@ -246,5 +246,5 @@ __global__ void __launch_bounds__(THREADS)
                                  : 0;
     }
     reinterpret_cast<unsigned*>(gradient)[i] =
-        pack_halves(values[0] * scales[0], values[1] * scales[0]);
+        pack_finite(values[0] * scales[0], values[1] * scales[0]);
 }

@@ -96,7 +96,7 @@ struct Image {
     __device__ unsigned in_units(int pixel, int channel) const {
         float x[2];
         centred(pixel, channel, x);
-        return pack_halves(x[0] * units.units[channel], x[1] * units.units[channel + 1]);
+        return pack_units(x[0] * units.units[channel], x[1] * units.units[channel + 1]);
     }
 
     __device__ void write(T* out, int pixel, int channel, const float* sums) const {

@@ -81,7 +81,7 @@ __device__ inline void keep(Half* to, const float (&held)[2][SHARE]) {
         Vector<unsigned, 4> halves;
 #pragma unroll
         for (int g = 0; g < 4; ++g)
-            halves.at[g] = pack_halves(held[e][2 * g], held[e][2 * g + 1]);
+            halves.at[g] = pack_finite(held[e][2 * g], held[e][2 * g + 1]);
         *reinterpret_cast<Vector<unsigned, 4>*>(to + e * SHARE) = halves;
     }
 }
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(THREADS, 2)
         const Tile tile(shape, number, true);
         const long long before = static_cast<long long>(tile.n) * shape.pixels();
         __syncthreads();
-        const float factor = stage_values<T, false, -2>(
+        const float factor = stage_values<T, false, -3>(
             staged, most, grad + before * shape.grad_pitch, shape.grad_pitch, shape, tile, RADIUS,
             part * CHANNELS);
         const Hidden<WT> hidden{

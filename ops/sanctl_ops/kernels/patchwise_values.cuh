@@ -144,7 +144,7 @@ __device__ inline void weigh_row(const Row& row, int count, Make make, Held& hel
             float weights[4];
             make(k, weights);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) now[i / 2][i % 2] = pack<Half>(weights[i], weights[i]);
+            for (int i = 0; i < 4; ++i) now[i / 2][i % 2] = pack_finite(weights[i], weights[i]);
         }
 #pragma unroll
         for (int e = 0; e < 2; ++e) {

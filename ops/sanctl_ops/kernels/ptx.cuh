@@ -52,6 +52,13 @@ __device__ inline unsigned pack<BFloat16>(float first, float second) {
     return packed;
 }
 
+// Two halves as near to these as finite ones can be; a NaN stays one.
+__device__ inline unsigned pack_finite(float first, float second) {
+    unsigned packed;
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
+    return packed;
+}
+
 // Arithmetic on two halves in a word, each product and sum rounded once.
 __device__ inline unsigned fma_halves(unsigned a, unsigned x, unsigned b) {
     unsigned sum;

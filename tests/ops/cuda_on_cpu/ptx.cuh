@@ -40,6 +40,11 @@ inline BFloat16 to_bfloat16(float x) {
     return {static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
+inline unsigned pack_finite(float first, float second) {
+    const auto within = [](float x) { return std::isnan(x) ? x : std::clamp(x, -65504.0f, 65504.0f); };
+    return to_half(within(first)).bits | static_cast<unsigned>(to_half(within(second)).bits) << 16;
+}
+
 template <typename T>
 inline unsigned pack(float first, float second) {
     if constexpr (std::is_same_v<T, Half>)
