@@ -55,7 +55,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     norm = Norm(weight, bias, mean, variance, eps).to(table.dtype)
     if _by_kernels(x):
-        grad_x, *gradients = kernels.backward(grad, x, norm, table)
+        grad_x, *gradients = kernels.backward(grad, x, norm, table.contiguous())
     else:
         before = formulas.normalised(x, table)
         slopes = torch.ops.aten.threshold_backward(grad.to(table.dtype), before, 0)

@@ -141,6 +141,7 @@ def _conv_norm_pool_backward(
     norm = Norm(norm_weight, norm_bias, mean, variance, eps).to(table.dtype)
     if _by_kernels(images, weight):
         wide = weight.to(table.dtype).contiguous()
+        moments, table = moments.contiguous(), table.contiguous()
         gradients = kernels.backward(grad, images, wide, norm, moments, table)
     else:
         gradients = formulas.backward(grad, images, weight, norm, moments, table)

@@ -115,7 +115,7 @@ def _norm_pool_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     norm = Norm(weight, bias, mean, variance, eps).to(table.dtype)
     if _by_kernels(x):
-        grad_x, *gradients = kernels.backward(grad, x, norm, table, by_batch)
+        grad_x, *gradients = kernels.backward(grad, x, norm, table.contiguous(), by_batch)
     else:
         normalised = formulas.normalised(x, table)
         most, places = F.max_pool2d(normalised, 2, return_indices=True)

@@ -110,9 +110,9 @@ def run_golden(
 
 
 @pytest.fixture
-def _exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+def _exact_convolutions() -> None:
     """Without the 10 bits of TF32, which torch allows for convolutions only."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.mark.parametrize("name", GOLDEN)

@@ -27,9 +27,9 @@ LARGE = ("output", "images", "conv1.weight", "conv3.weight", "conv_w.2.weight")
 
 
 @pytest.fixture(autouse=True)
-def _exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+def _exact_convolutions() -> None:
     """Without the 10 bits of TF32, which torch allows for convolutions only."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def in_general_position(model: nn.Module) -> nn.Module:

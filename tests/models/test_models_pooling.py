@@ -223,9 +223,9 @@ def test_compiles_without_a_graph_break(device: str) -> None:
 
 @pytest.mark.gpu
 @on_gpu
-def test_a_network_trains_as_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
-        monkeypatch.setattr(backend, "allow_tf32", False)
+def test_a_network_trains_as_by_torch() -> None:
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
     network = build_model(model="san10_patchwise", classes=10).cuda()
     network.to(memory_format=torch.channels_last)

@@ -16,14 +16,6 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-@pytest.fixture(autouse=True)
-def _same_precision() -> Iterator[None]:
-    """Let no test decide for the next one whether products may be rounded."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-
-
 @pytest.fixture(scope="session")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> Launcher:
     return Launcher(tmp_path_factory.mktemp("kernels"))

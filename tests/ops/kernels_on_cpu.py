@@ -39,8 +39,13 @@ class Launcher:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        for source in (*runtime.SOURCES.glob("*.cu*"), *EMULATION.iterdir()):
+        for source in EMULATION.iterdir():
             shutil.copy(source, folder)
+        for source in runtime.SOURCES.glob("*.cu*"):
+            # ptx.cuh is exchanged. C++ has no word for what is both shared and declared elsewhere.
+            if not (folder / source.name).exists():
+                text = source.read_text(encoding="utf-8").replace("extern __shared__", "extern")
+                (folder / source.name).write_text(text, encoding="utf-8")
         # Parsing the standard library's headers would take most of the time.
         header = folder / "cuda_on_cpu.hpp"
         subprocess.run(["g++", *OPTIONS, "-x", "c++-header", header], check=True)
@@ -70,9 +75,9 @@ class Launcher:
     def _compile(self, kernel: Kernel) -> ctypes.CDLL:
         name = kernel.expression.partition("<")[0]
         value_type = re.split("[<,>]", kernel.expression)[1]
-        text = (runtime.SOURCES / kernel.source).read_text(encoding="utf-8")
+        text = (self._folder / kernel.source).read_text(encoding="utf-8")
         types = [
-            parameter.strip().rpartition(" ")[0].replace("T*", f"{value_type}*")
+            re.sub(r"\b[TA]\b", value_type, parameter.strip().rpartition(" ")[0])
             for parameter in dict(DECLARATION.findall(text))[name].split(",")
         ]
         # Pointers as they are, everything else by its address.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pairwise_oracle
 import pooling_cases
 import torch
-from op_cases import OPERATORS, Case, make_inputs
+from op_cases import OPERATORS, Case, laid_out, make_inputs, moved
 from pairwise_oracle import PairwiseCase
 from patchwise_cases import Case as PatchwiseCase
 from pooling_cases import PoolingCase
@@ -27,11 +27,14 @@ def windows(name: str) -> Run:
     return run
 
 
-def normalised(device: str) -> tuple[Tensor, list[Tensor]]:
-    torch.manual_seed(0)
-    shapes = (2, 8, 5, 6), (8,), (8,)
-    x, weight, bias = (torch.randn(shape).to(device).requires_grad_() for shape in shapes)
-    return batch_norm_relu(x, weight, bias, 1e-5)[0], [x, weight, bias]
+def normalised(layout: str) -> Run:
+    def run(device: str) -> tuple[Tensor, list[Tensor]]:
+        torch.manual_seed(0)
+        drawn = laid_out((2, 8, 5, 6), layout), torch.randn(8), torch.randn(8)
+        x, weight, bias = (moved(t, device, DTYPE).requires_grad_() for t in drawn)
+        return batch_norm_relu(x, weight, bias, 1e-5)[0], [x, weight, bias]
+
+    return run
 
 
 def pooled(image_channels: int | None) -> Run:
@@ -58,7 +61,8 @@ def patchwise(device: str) -> tuple[Tensor, list[Tensor]]:
 
 
 RUNS = {name: windows(name) for name in OPERATORS} | {
-    "batch_norm_relu": normalised,
+    "batch_norm_relu": normalised("contiguous"),
+    "batch_norm_relu_channels_last": normalised("channels_last"),
     "norm_pool": pooled(None),
     "conv_norm_pool": pooled(3),
     "pairwise_attention": pairwise,

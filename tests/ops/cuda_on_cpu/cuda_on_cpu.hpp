@@ -19,7 +19,7 @@
 
 #define __global__
 #define __device__
-#define __shared__
+#define __shared__ static
 #define __launch_bounds__(...)
 
 using std::max;
@@ -31,7 +31,7 @@ struct Index {
 
 inline Index threadIdx, blockIdx, blockDim, gridDim;
 
-// As much as a block may have; filled with NaN before each block.
+// As much as a block may have; filled with NaN before each block, unlike what kernels give a size.
 constexpr size_t SHARED_BYTES = 96 * 1024;
 alignas(128) double shared[SHARED_BYTES / sizeof(double)];
 
@@ -115,13 +115,24 @@ inline std::array<std::array<unsigned, N>, 32> exchange(const std::array<unsigne
     return all;
 }
 
+// The value of another lane of the warp, or a lane's own where there is no such lane.
+template <typename T>
+inline T of_lane(T value, unsigned lane) {
+    const auto all = exchange(std::bit_cast<std::array<unsigned, sizeof(T) / sizeof(unsigned)>>(value));
+    return std::bit_cast<T>(all[lane < 32 ? lane : threadIdx.x % 32]);
+}
+
 template <typename T>
 inline T __shfl_xor_sync(unsigned, T value, int mask) {
-    static_assert(sizeof(T) == sizeof(unsigned));
-    const unsigned other = exchange(std::array{std::bit_cast<unsigned>(value)})
-        [(threadIdx.x % 32) ^ mask][0];
-    return std::bit_cast<T>(other);
+    return of_lane(value, (threadIdx.x % 32) ^ mask);
 }
+
+template <typename T>
+inline T __shfl_down_sync(unsigned, T value, unsigned distance) {
+    return of_lane(value, threadIdx.x % 32 + distance);
+}
+
+inline double rsqrt(double value) { return 1 / std::sqrt(value); }
 
 inline unsigned __umulhi(unsigned a, unsigned b) {
     return static_cast<unsigned long long>(a) * b >> 32;
