@@ -1,13 +1,15 @@
 """Networks through torch.compile."""
 
 from collections.abc import Callable, Collection
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 
-def compile_network(network: nn.Module, counts: Collection[int]) -> Callable[[Tensor], Tensor]:
+def compile_network(
+    network: nn.Module, counts: Collection[int], cuda_graphs: bool
+) -> Callable[[Tensor], Tensor]:
     """Return the network through torch.compile, for batches of certain numbers of images.
 
     Each is compiled by itself, once for training and once for evaluation: kernels for any number
@@ -16,11 +18,22 @@ def compile_network(network: nn.Module, counts: Collection[int]) -> Callable[[Te
     Args:
         network: maps (N, C, H, W) to logits; C, H and W are always the same.
         counts: each N to compile for.
+        cuda_graphs: on a GPU, record what the forward and the backward pass launch, and launch it
+            as one from the third pass on. It is the host's time that this saves, tens of
+            milliseconds a step. The gradients that a backward pass returns are overwritten by the
+            next forward pass: they cannot add up over several.
     """
-    compiled = cast("nn.Module", torch.compile(network, dynamic=False))
+    recorded = cuda_graphs and next(network.parameters()).is_cuda
+    options: dict[str, Any] | None = {"triton.cudagraphs": True} if recorded else None
+    compiled = cast("nn.Module", torch.compile(network, dynamic=False, options=options))
 
     def forward(images: Tensor) -> Tensor:
-        logits: Tensor = (compiled if len(images) in counts else network)(images)
-        return logits
+        if len(images) not in counts:
+            return cast("Tensor", network(images))
+        if not recorded:
+            return cast("Tensor", compiled(images))
+        torch.compiler.cudagraph_mark_step_begin()
+        # The next pass overwrites the logits, which callers may keep.
+        return cast("Tensor", compiled(images)).clone()
 
     return forward

@@ -14,7 +14,6 @@ from sanctl.bench.network import ModelSettings, RunningNetwork, count_flops
 from sanctl.bench.rounds import (
     failure_of,
     give_memory_back,
-    greatest,
     room_to_compile,
     time_round,
     too_small,
@@ -33,7 +32,7 @@ class ModelRecord:
         step_seconds: The mean time of a step in each round; empty where the network did not run.
         ratio: Its speed over the reference's, the median over the rounds; None where one of the
             two did not run.
-        peak: The most bytes that a step held in any round; see `Round`.
+        peak: The most bytes that a step held; see `warm_up`.
         flop_per_image: Floating-point operations of a step per image.
         failure: Why it did not run, empty where it did.
     """
@@ -134,7 +133,7 @@ def _start(name: str, settings: ModelSettings, device: torch.device) -> _Entry:
 
     def begin() -> None:
         entry.running = RunningNetwork(name, settings, device)
-        warm_up(entry.running, device)
+        entry.peak = warm_up(entry.running, device)
 
     _unless_it_fails(entry, device, begin)
     return entry
@@ -142,9 +141,7 @@ def _start(name: str, settings: ModelSettings, device: torch.device) -> _Entry:
 
 def _run_round(entry: _Entry, running: RunningNetwork, device: torch.device) -> None:
     def timed() -> None:
-        measured = time_round(running, device)
-        entry.seconds.append(measured.seconds)
-        entry.peak = greatest(entry.peak, measured.peak)
+        entry.seconds.append(time_round(running, device))
 
     _unless_it_fails(entry, device, timed)
 

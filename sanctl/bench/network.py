@@ -106,8 +106,9 @@ class RunningNetwork:
 
     def _as_set(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
         """Return the network compiled, or as it is."""
-        counts = {self._settings.batch}
-        return compile_network(network, counts) if self._settings.compiled else network
+        if not self._settings.compiled:
+            return network
+        return compile_network(network, {self._settings.batch}, network is self._model)
 
     def _train(self) -> None:
         with self._autocast():

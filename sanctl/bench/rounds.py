@@ -7,7 +7,6 @@ GPU, two steps that are not timed come first in each round.
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 
@@ -17,58 +16,38 @@ from sanctl_models import create_model, min_input_size
 
 _STEPS = {"cuda": 10, "cpu": 1}
 _UNTIMED_STEPS = {"cuda": 2, "cpu": 0}
-_WARM_UP_STEPS = {"cuda": 3, "cpu": 1}
 
 
-@dataclass(frozen=True)
-class Round:
-    """What was measured in a round.
+def warm_up(network: RunningNetwork, device: torch.device) -> int | None:
+    """Run the steps in which a network compiles, tunes itself, and finds or records its memory.
 
-    Attributes:
-        seconds: The mean time of a step.
-        peak: The most bytes that a step held, of this network alone: its weights, optimizer's
-            state and batch, and what was allocated on top during steps. None on a CPU.
+    Returns:
+        The most bytes that a step after the first one held, of this network alone: its weights,
+        optimizer's state and batch, and what was allocated on top. None on a CPU. Where steps are
+        recorded in a CUDA graph, that is the one that allocates; later ones use its memory.
     """
-
-    seconds: float
-    peak: int | None
-
-
-def warm_up(network: RunningNetwork, device: torch.device) -> None:
-    """Run the steps in which a network compiles, tunes itself and finds its memory."""
-    for _ in range(_WARM_UP_STEPS[device.type]):
+    network.step()
+    synchronize(device)
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    for _ in range(_UNTIMED_STEPS["cuda"]):
         network.step()
     synchronize(device)
+    return network.held_bytes() + torch.cuda.max_memory_allocated(device) - before
 
 
-def time_round(network: RunningNetwork, device: torch.device) -> Round:
-    """Run a network for a round."""
+def time_round(network: RunningNetwork, device: torch.device) -> float:
+    """Run a network for a round; return the mean time of a step in seconds."""
     for _ in range(_UNTIMED_STEPS[device.type]):
         network.step()
     synchronize(device)
-    before = _reset_peak(device)
     start = time.perf_counter()
     for _ in range(_STEPS[device.type]):
         network.step()
     synchronize(device)
-    seconds = (time.perf_counter() - start) / _STEPS[device.type]
-    if before is None:
-        return Round(seconds, None)
-    on_top = torch.cuda.max_memory_allocated(device) - before
-    return Round(seconds, network.held_bytes() + on_top)
-
-
-def greatest(*peaks: int | None) -> int | None:
-    """Return the largest of several peaks; None where none was counted."""
-    return max((peak for peak in peaks if peak is not None), default=None)
-
-
-def _reset_peak(device: torch.device) -> int | None:
-    """Have the peak of memory start anew; return what is held now, None on a CPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
+    return (time.perf_counter() - start) / _STEPS[device.type]
 
 
 def too_small(label: str, settings: ModelSettings) -> str:

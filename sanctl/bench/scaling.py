@@ -18,7 +18,6 @@ from sanctl.bench.network import ModelSettings, RunningNetwork, count_flops
 from sanctl.bench.rounds import (
     failure_of,
     give_memory_back,
-    greatest,
     room_to_compile,
     time_round,
     too_small,
@@ -59,7 +58,7 @@ class ScalingRecord:
         together_seconds: The same while all processes run, in the slowest of them.
         ratio: Its speed on all over the reference's, the median over the rounds; None where one of
             the two did not run.
-        peak: The most bytes that a step of all held, in any process; see `Round`.
+        peak: The most bytes that a step of all held, in any process; see `warm_up`.
         flop_per_image: Floating-point operations of a step per image.
         failure: Why it did not run, empty where it did.
     """
@@ -192,7 +191,8 @@ class _Entry:
         self._networks: list[RunningNetwork] = []  # of all processes; of the first alone
         self._alone_seconds: list[float] = []  # in the first process
         self._together_seconds: list[float] = []
-        self._peak: int | None = None
+        self._peak: int | None = None  # of this process
+        self._greatest_peak: int | None = None
 
     def start(self) -> None:
         """Build the network and warm it up."""
@@ -212,9 +212,9 @@ class _Entry:
         if not self._all_can(self._time_alone):
             return
         own = self._at_once(lambda: time_round(self._networks[0], self._device))
-        every = self._processes.gather((own.seconds, own.peak))
+        every = self._processes.gather((own, self._peak))
         self._together_seconds.append(max(seconds for seconds, _ in every))
-        self._peak = greatest(self._peak, *(peak for _, peak in every))
+        self._greatest_peak = max((peak for _, peak in every if peak is not None), default=None)
 
     def record(self, reference: "_Entry") -> ScalingRecord:
         """What the first process has found."""
@@ -232,7 +232,7 @@ class _Entry:
             alone_seconds=tuple(self._alone_seconds),
             together_seconds=tuple(self._together_seconds),
             ratio=ratio,
-            peak=self._peak,
+            peak=self._greatest_peak,
             flop_per_image=count_flops(self._name, self._settings),
         )
 
@@ -275,8 +275,8 @@ class _Entry:
         return self._networks[0].replicate(self._processes.replicate)
 
     def _warm_up(self) -> None:
-        warm_up(self._networks[0], self._device)
+        self._peak = warm_up(self._networks[0], self._device)
 
     def _time_alone(self) -> None:
         if not self._processes.rank:
-            self._alone_seconds.append(time_round(self._networks[-1], self._device).seconds)
+            self._alone_seconds.append(time_round(self._networks[-1], self._device))

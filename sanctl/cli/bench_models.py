@@ -54,7 +54,10 @@ def bench_models(
         bool, typer.Option("--amp", help="Mixed precision, as by the key TRAIN.amp.")
     ] = False,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Use torch.compile, which is not timed.")
+        bool,
+        typer.Option(
+            "--compile", help="Use torch.compile and CUDA graphs; to compile is not timed."
+        ),
     ] = False,
     channels_last: Annotated[
         bool, typer.Option("--channels-last", help="Use the channels_last memory layout.")

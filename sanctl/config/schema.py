@@ -242,7 +242,9 @@ class TrainConfig(Section):
         " instead of each GPU's own.",
     )
     compile: bool = Field(
-        default=False, description="true: torch.compile; slower to start, then faster."
+        default=False,
+        description="true: torch.compile, and CUDA graphs where one process trains without"
+        " TRAIN.accumulate; slower to start, then faster.",
     )
     channels_last: bool = Field(
         default=False, description="true: channels_last memory layout; faster convolutions on GPUs."

@@ -156,11 +156,13 @@ def open_run(
         notes.append(describe_room(folder, state.model, config.TRAIN))
     replica = team.replicate(state.model, target)
     val_images = 0 if val_source is None else len(val_source)
-    counts = _full_batches(config, len(train_source), val_images, team)
-    trains, evaluates = (
-        compile_network(network, count) if config.TRAIN.compile else network
-        for network, count in zip((replica, state.model), counts, strict=True)
-    )
+    trains: Forward = replica
+    evaluates: Forward = state.model
+    if config.TRAIN.compile:
+        trained, evaluated = _full_batches(config, len(train_source), val_images, team)
+        alone = team.size == 1
+        trains = compile_network(replica, trained, alone and config.TRAIN.accumulate == 1)
+        evaluates = compile_network(state.model, evaluated, alone)
     return Run(
         config=config,
         dataset=loaded.dataset,

@@ -71,6 +71,15 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(place: Place) -> None:
         assert all(torch.equal(value, actual[key]) for key, value in expected.items())
 
 
+def test_a_compiled_run_gives_what_one_that_is_not_does(place: Place) -> None:
+    """Compiled networks are launched as CUDA graphs, also between evaluations."""
+    train = "train shapes tiny --no-test --gpus 0"
+    for exp, switch in (("eager", "false"), ("compiled", "true")):
+        run(place, train, *EXACT, *GENTLE, f"TRAIN.compile={switch}", exp=exp)
+    eager, compiled = metrics(place, "eager"), metrics(place, "compiled")
+    pd.testing.assert_frame_equal(eager, compiled, rtol=1e-3, atol=1e-4)
+
+
 @two_gpus
 def test_two_gpus_train_as_one_where_they_normalise_together(place: Place) -> None:
     for exp, gpus in (("one", "0"), ("two", "0,1")):

@@ -1,14 +1,18 @@
-"""Compiled networks: batches of another number of images take the network as it is."""
+"""Compiled networks: batches of another number of images, and CUDA graphs."""
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.profiler import ProfilerActivity, profile
 
 from sanctl_models import build_model, compile_network
+from sanctl_models.fusion import use_attention
 
 
 @pytest.fixture
@@ -30,7 +34,7 @@ def test_a_smaller_batch_is_not_compiled_anew(
         arch="san", sa_type=sa_type, layers=[1, 1], widths=[32, 64], kernels=[3, 5], classes=3
     ).double()
     other = copy.deepcopy(network)
-    compiled = compile_network(other, {4})
+    compiled = compile_network(other, {4}, cuda_graphs=True)
     for training in (True, False):
         for module in (network, other):
             module.train(training)
@@ -41,3 +45,59 @@ def test_a_smaller_batch_is_not_compiled_anew(
             if training:
                 out.square().sum().backward()
         assert compilations.frame_count == 2 - training
+
+
+def trained(
+    network: nn.Module, forward: Callable[[Tensor], Tensor], batches: list[Tensor]
+) -> list[Tensor]:
+    """Train on batches, all of one class, and return the logits of each step."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    logits = []
+    for images in batches:
+        with torch.autocast("cuda", torch.bfloat16, enabled=images.dtype == torch.float32):
+            logits.append(forward(images))
+        F.cross_entropy(logits[-1], logits[-1].new_zeros(len(images), dtype=torch.int64)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return [out.detach() for out in logits]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("sa_type", [0, 1], ids=["pairwise", "patchwise"])
+@pytest.mark.parametrize(
+    ("attention", "dtype", "share"),
+    [("primitives", torch.float64, 1e-6), ("auto", torch.float32, 0.1)],
+    ids=["primitives", "fused"],
+)
+def test_cuda_graphs_train_as_a_network_does(
+    sa_type: int, attention: str, dtype: torch.dtype, share: float
+) -> None:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    network = build_model(
+        arch="san", sa_type=sa_type, layers=[1, 1], widths=[64, 128], kernels=[3, 7], classes=5
+    )
+    network.to("cuda", dtype).to(memory_format=torch.channels_last)
+    other = copy.deepcopy(network)
+    forward = compile_network(other, {8}, cuda_graphs=True)
+    counts = 8, 8, 8, 5, 8, 8
+    batches = [torch.randn(count, 3, 64, 64, dtype=dtype, device="cuda") for count in counts]
+    with use_attention(attention):
+        expected = trained(network, network, batches)
+        actual = trained(other, forward, batches)
+        # Evaluated in between, the graphs of training keep their memory.
+        for module in (network, other):
+            module.eval()
+        with torch.inference_mode():
+            expected += [network(batches[0]) for _ in range(4)]
+            actual += [forward(batches[0]) for _ in range(4)]
+        for module in (network, other):
+            module.train()
+        expected += trained(network, network, batches[:2])
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as run:
+            actual += trained(other, forward, batches[:2])
+    for one, wanted in zip(actual, expected, strict=True):
+        assert (one - wanted).norm() < share * wanted.norm()
+    launches = [event.name for event in run.events() if "GraphLaunch" in event.name]
+    assert len(launches) == 4  # the forward and the backward pass of two steps
