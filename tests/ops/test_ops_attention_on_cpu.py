@@ -48,15 +48,20 @@ def test_patchwise_kernels_agree_with_autograd(
     assert max(far.values()) < (3e-3 if dtype == torch.bfloat16 else 1.5e-3), far
 
 
+@pytest.mark.usefixtures("_kernels_on_cpu")
 @pytest.mark.parametrize("case", [case for _, case in PATCHWISE_CASES[:2]], ids=lambda c: c.name)
-def test_patchwise_kernels_stay_finite_beside_running_statistics(case: PatchwiseCase) -> None:
+def test_patchwise_kernels_stay_finite_beside_running_statistics(
+    case: PatchwiseCase, launcher: Launcher
+) -> None:
     """Without the batch's own statistics, nothing keeps what one image makes of itself small."""
     x = replace(case, training=False).inputs().to("cpu", torch.bfloat16, torch.float32)
     usual = patchwise_attention(*x.arguments).out
     with torch.no_grad():
         for image, factor in ((x.query, 1e6), (x.key, 1e6), (x.value, 100)):
             image[..., 0, 0] *= factor
+    launched = len(launcher.launched)
     out = patchwise_attention(*x.arguments).out
+    assert any("patchwise" in kernel.source for kernel in launcher.launched[launched:])
     assert out.isfinite().all()
     torch.testing.assert_close(out[..., 2:, :], usual[..., 2:, :], rtol=2**-7, atol=2**-7)
 
