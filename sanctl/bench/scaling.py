@@ -191,30 +191,28 @@ class _Entry:
         self._networks: list[RunningNetwork] = []  # of all processes; of the first alone
         self._alone_seconds: list[float] = []  # in the first process
         self._together_seconds: list[float] = []
-        self._peak: int | None = None  # of this process
-        self._greatest_peak: int | None = None
+        self._peak: int | None = None  # of this process, then of all
 
     def start(self) -> None:
         """Build the network and warm it up."""
         if self.failure or not self._all_can(self._build):
             return
-        if not self._settings.trains:
-            self._all_can(self._warm_up)
-            return
-        replica = self._at_once(self._replicate)
-        with self._processes.unsynchronised(replica):
-            all_can = self._all_can(self._warm_up)
-        if all_can:
+        if self._settings.trains:
+            replica = self._at_once(self._replicate)
+            with self._processes.unsynchronised(replica):
+                all_can = self._all_can(self._warm_up)
+            if not all_can:
+                return
             self._at_once(self._warm_up)
+        peaks = self._processes.gather(self._peak)
+        self._peak = max((peak for peak in peaks if peak is not None), default=None)
 
     def run_round(self) -> None:
         """Time the network on the first device, then on all."""
         if not self._all_can(self._time_alone):
             return
         own = self._at_once(lambda: time_round(self._networks[0], self._device))
-        every = self._processes.gather((own, self._peak))
-        self._together_seconds.append(max(seconds for seconds, _ in every))
-        self._greatest_peak = max((peak for _, peak in every if peak is not None), default=None)
+        self._together_seconds.append(max(self._processes.gather(own)))
 
     def record(self, reference: "_Entry") -> ScalingRecord:
         """What the first process has found."""
@@ -232,7 +230,7 @@ class _Entry:
             alone_seconds=tuple(self._alone_seconds),
             together_seconds=tuple(self._together_seconds),
             ratio=ratio,
-            peak=self._greatest_peak,
+            peak=self._peak,
             flop_per_image=count_flops(self._name, self._settings),
         )
 
@@ -269,7 +267,7 @@ class _Entry:
         self._networks.append(RunningNetwork(self._name, self._settings, self._device))
         if not self._processes.rank and self._settings.trains:
             self._networks.append(RunningNetwork(self._name, self._settings, self._device))
-        warm_up(self._networks[-1], self._device)
+        self._peak = warm_up(self._networks[-1], self._device)
 
     def _replicate(self) -> nn.Module:
         return self._networks[0].replicate(self._processes.replicate)

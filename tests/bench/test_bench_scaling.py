@@ -113,7 +113,7 @@ def test_records_of_two_processes(mode: str, exchanged: int) -> None:
         (Shortage(rank=0, network="resnet26", instance=0, step=0), "train", 0),
         (Shortage(rank=0, network="resnet26", instance=1, step=2), "train", 0),
         (Shortage(rank=1, network="resnet26", instance=0, step=0), "infer", 1),
-        (Shortage(rank=0, network="resnet26", instance=0, step=2), "infer", 0),
+        (Shortage(rank=0, network="resnet26", instance=0, step=1), "infer", 0),
     ],
     ids=["begin", "begin, first", "try", "try, first", "round", "begin, infer", "round, infer"],
 )
