@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def compile_network(
-    network: nn.Module, counts: Collection[int], cuda_graphs: bool
+    network: nn.Module, counts: Collection[int], *, cuda_graphs: bool
 ) -> Callable[[Tensor], Tensor]:
     """Return the network through torch.compile, for batches of certain numbers of images.
 

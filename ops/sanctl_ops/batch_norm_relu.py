@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sanctl_ops.attention import dense
 from sanctl_ops.backend import choose_backend, runs_kernels
 from sanctl_ops.batch_norm_relu_channels_last import batch_norm_relu_channels_last
 from sanctl_ops.checks import check_channel_values, check_image
@@ -125,7 +126,7 @@ def _(
 def _converted(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Return weight and bias as the sums over x are kept."""
     dtype = accumulation_dtype(x.dtype)
-    return weight.to(dtype).contiguous(), bias.to(dtype).contiguous()
+    return dense(weight, dtype), dense(bias, dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sanctl_ops import conv_norm_pool_formulas as formulas
-from sanctl_ops.attention import Norm
+from sanctl_ops.attention import Norm, dense
 from sanctl_ops.attention_checks import check_norm
 from sanctl_ops.backend import choose_backend, runs_kernels
 from sanctl_ops.checks import check_device, check_dtype, check_image, check_poolable
@@ -109,7 +109,7 @@ def _conv_norm_pool(
     dtype = accumulation_dtype(images.dtype)
     norm = Norm(norm_weight, norm_bias, norm_mean, norm_variance, eps).to(dtype)
     if _by_kernels(images, weight):
-        return kernels.forward(images, weight.to(dtype).contiguous(), norm)
+        return kernels.forward(images, dense(weight, dtype), norm)
     return formulas.forward(images, weight, norm)
 
 
@@ -140,7 +140,7 @@ def _conv_norm_pool_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     norm = Norm(norm_weight, norm_bias, mean, variance, eps).to(table.dtype)
     if _by_kernels(images, weight):
-        wide = weight.to(table.dtype).contiguous()
+        wide = dense(weight, table.dtype)
         moments, table = moments.contiguous(), table.contiguous()
         gradients = kernels.backward(grad, images, wide, norm, moments, table)
     else:

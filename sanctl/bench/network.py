@@ -108,7 +108,8 @@ class RunningNetwork:
         """Return the network compiled, or as it is."""
         if not self._settings.compiled:
             return network
-        return compile_network(network, {self._settings.batch}, network is self._model)
+        alone = network is self._model
+        return compile_network(network, {self._settings.batch}, cuda_graphs=alone)
 
     def _train(self) -> None:
         with self._autocast():

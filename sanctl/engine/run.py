@@ -160,9 +160,11 @@ def open_run(
     evaluates: Forward = state.model
     if config.TRAIN.compile:
         trained, evaluated = _full_batches(config, len(train_source), val_images, team)
+        # Graphs beside other processes' exchanges have not been tried.
         alone = team.size == 1
-        trains = compile_network(replica, trained, alone and config.TRAIN.accumulate == 1)
-        evaluates = compile_network(state.model, evaluated, alone)
+        graphs = alone and config.TRAIN.accumulate == 1
+        trains = compile_network(replica, trained, cuda_graphs=graphs)
+        evaluates = compile_network(state.model, evaluated, cuda_graphs=alone)
     return Run(
         config=config,
         dataset=loaded.dataset,

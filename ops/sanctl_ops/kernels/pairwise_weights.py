@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sanctl_ops.attention import Norm
+from sanctl_ops.attention import Norm, dense
 from sanctl_ops.kernels.geometry import WARP
 from sanctl_ops.kernels.pairwise_layout import Layout
 from sanctl_ops.kernels.pairwise_saved import Packed, Saved, empty_packed
@@ -117,7 +117,7 @@ def pack(
 
 def wide(values: Tensor) -> Tensor:
     """Return values in float32, dense."""
-    return values.float().contiguous()
+    return dense(values, torch.float32)
 
 
 @dataclass(frozen=True)
