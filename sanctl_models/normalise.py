@@ -1,10 +1,17 @@
 """Batch normalisation and ReLU in one operator, where that is the faster way."""
 
+from typing import TypeGuard
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sanctl_ops import Norm, batch_norm_relu, batch_norm_relu_obstacle
+from sanctl_ops import (
+    Norm,
+    batch_norm_relu,
+    batch_norm_relu_obstacle,
+    batch_norm_relu_with_skip,
+)
 from sanctl_ops.window import plane_format
 
 
@@ -21,9 +28,30 @@ def normalise_relu(batch_norm: nn.Module, x: Tensor) -> Tensor:
         batch_norm: the normalisation of C channels.
         x: the input; it is left as it is.
     """
-    if type(batch_norm) is nn.BatchNorm2d and x.is_cuda and _is_for_the_operator(batch_norm, x):
+    if _is_for_the_operator(batch_norm, x):
         return normalise_relu_by_operator(batch_norm, x)
     return F.relu(batch_norm(x), inplace=True)
+
+
+def normalise_relu_with_skip(batch_norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return relu(batch_norm(x)), as `normalise_relu`, and x for a connection that skips the rest.
+
+    Where the operator serves channels_last planes, the gradients of both are added up in it.
+    """
+    if not _is_for_the_operator(batch_norm, x):
+        return F.relu(batch_norm(x), inplace=True), x
+    return normalise_relu_with_skip_by_operator(batch_norm, x)
+
+
+def normalise_relu_with_skip_by_operator(
+    batch_norm: nn.BatchNorm2d, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what `normalise_relu_by_operator` does, and x; the same is asked of them."""
+    out, skip, mean, variance = batch_norm_relu_with_skip(
+        x, batch_norm.weight, batch_norm.bias, batch_norm.eps
+    )
+    update_running_statistics(batch_norm, mean, variance, x.numel() // x.shape[1])
+    return out, skip
 
 
 def normalise_relu_by_operator(batch_norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
@@ -50,7 +78,9 @@ def normalises_by_batch(batch_norm: nn.BatchNorm2d) -> bool:
     return batch_norm.training or batch_norm.running_mean is None
 
 
-def _is_for_the_operator(batch_norm: nn.BatchNorm2d, x: Tensor) -> bool:
+def _is_for_the_operator(batch_norm: nn.Module, x: Tensor) -> TypeGuard[nn.BatchNorm2d]:
+    if type(batch_norm) is not nn.BatchNorm2d or not x.is_cuda:
+        return False
     # The module itself knows what to do with, or say to, channels of one value or none.
     plain = normalises_by_batch(batch_norm) and is_affine(batch_norm)
     # While it compiles, torch does not know planes of an open number of images to be channels_last.

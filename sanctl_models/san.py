@@ -14,7 +14,7 @@ from sanctl_models.checks import (
 )
 from sanctl_models.init import init_weights
 from sanctl_models.network import Network, before_max_pool
-from sanctl_models.normalise import normalise_relu
+from sanctl_models.normalise import normalise_relu, normalise_relu_with_skip
 from sanctl_models.pooling import convolve_normalise_pool, normalise_pool
 from sanctl_models.sam import PAIRWISE, PATCHWISE, SAM
 
@@ -47,9 +47,9 @@ class SANBottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, planes, H, W) to the same shape."""
-        out = self.sam(normalise_relu(self.bn1, x))
-        out = self.conv(normalise_relu(self.bn2, out))
-        out += x
+        out, skip = normalise_relu_with_skip(self.bn1, x)
+        out = self.conv(normalise_relu(self.bn2, self.sam(out)))
+        out += skip
         return out
 
 

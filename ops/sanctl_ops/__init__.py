@@ -19,7 +19,11 @@ from sanctl_ops.backend import (
     set_backend,
     use_backend,
 )
-from sanctl_ops.batch_norm_relu import batch_norm_relu, batch_norm_relu_obstacle
+from sanctl_ops.batch_norm_relu import (
+    batch_norm_relu,
+    batch_norm_relu_obstacle,
+    batch_norm_relu_with_skip,
+)
 from sanctl_ops.concatenation import concatenation
 from sanctl_ops.conv_norm_pool import conv_norm_pool, conv_norm_pool_obstacle
 from sanctl_ops.norm_pool import norm_pool, norm_pool_obstacle
@@ -36,6 +40,7 @@ __all__ = [
     "aggregation",
     "batch_norm_relu",
     "batch_norm_relu_obstacle",
+    "batch_norm_relu_with_skip",
     "choose_backend",
     "concatenation",
     "conv_norm_pool",

@@ -1,13 +1,16 @@
 """Batch normalisation by the batch's own statistics, followed by ReLU."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from sanctl_ops.attention import dense
 from sanctl_ops.backend import choose_backend, runs_kernels
-from sanctl_ops.batch_norm_relu_channels_last import batch_norm_relu_channels_last
+from sanctl_ops.batch_norm_relu_channels_last import (
+    NormaliseWithSkip,
+    batch_norm_relu_channels_last,
+)
 from sanctl_ops.checks import check_channel_values, check_image
 from sanctl_ops.kernels import batch_norm_relu as kernels
 from sanctl_ops.kernels import channels as by_channels
@@ -41,15 +44,47 @@ def batch_norm_relu(
             type or on another device than x.
         BackendError: the CuPy kernels are asked for by name and cannot run on x's device.
     """
+    _check(x, weight, bias)
+    is_last = plane_format(x) == torch.channels_last
+    operator = batch_norm_relu_channels_last if is_last else _batch_norm_relu
+    out, mean, variance, _ = operator(x, weight, bias, eps)
+    return out, mean, variance
+
+
+def batch_norm_relu_with_skip(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Normalise as `batch_norm_relu` does, and return x for a connection that skips what follows.
+
+    Of channels_last tensors, the gradient that comes back through that connection is added in the
+    pass that computes the one behind the normalisation, which spares autograd a pass.
+
+    Args:
+        x: (N, C, H, W), as `batch_norm_relu` takes it.
+        weight: (C,).
+        bias: (C,).
+        eps: what is added to the variance.
+
+    Returns:
+        The output; x or a view of it; mean and variance, as `batch_norm_relu` returns them.
+
+    Raises:
+        ValueError, BackendError: as `batch_norm_relu`.
+    """
+    _check(x, weight, bias)
+    if plane_format(x) == torch.channels_last:
+        return cast("Any", NormaliseWithSkip.apply(x, weight, bias, eps))
+    out, mean, variance, _ = _batch_norm_relu(x, weight, bias, eps)
+    return out, x, mean, variance
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Raise ValueError unless they can be normalised."""
     check_image("x", x)
     if x.numel() == 0:
         raise ValueError(f"x {tuple(x.shape)} has no values to normalise")
     check_channel_values("weight", weight, x)
     check_channel_values("bias", bias, x)
-    is_last = plane_format(x) == torch.channels_last
-    operator = batch_norm_relu_channels_last if is_last else _batch_norm_relu
-    out, mean, variance, _ = operator(x, weight, bias, eps)
-    return out, mean, variance
 
 
 def batch_norm_relu_obstacle(x: Tensor) -> str | None:

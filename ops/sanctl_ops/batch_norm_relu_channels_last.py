@@ -52,14 +52,18 @@ def _backward(
     variance: Tensor,
     table: Tensor,
     eps: float,
+    skip: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, to which `skip` is added, weight and bias."""
     norm = Norm(weight, bias, mean, variance, eps).to(table.dtype)
     if _by_kernels(x):
-        grad_x, *gradients = kernels.backward(grad, x, norm, table.contiguous())
+        grad_x, *gradients = kernels.backward(grad, x, norm, table.contiguous(), skip)
     else:
         before = formulas.normalised(x, table)
         slopes = torch.ops.aten.threshold_backward(grad.to(table.dtype), before, 0)
         grad_x, *gradients = formulas.gradients(slopes, x, norm, by_batch=True)
+        if skip is not None:
+            grad_x += skip
     return grad_x, gradients[0].to(weight.dtype), gradients[1].to(bias.dtype)
 
 
@@ -83,7 +87,30 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *_backward(grad, *ctx.saved_tensors, ctx.eps), None
+    return *_backward(grad, *ctx.saved_tensors, ctx.eps, None), None
 
 
 batch_norm_relu_channels_last.register_autograd(_differentiate, setup_context=_save)
+
+
+class NormaliseWithSkip(torch.autograd.Function):
+    """Returns the output, x, mean and variance; both gradients of x are computed in one pass.
+
+    An operator may not return what it was given, a Function may.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Normalise, and look at x once more."""
+        out, mean, variance, table = batch_norm_relu_channels_last(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, mean, variance, table)
+        ctx.mark_non_differentiable(mean, variance)
+        ctx.eps = eps
+        return out, x.view_as(x), mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, skip: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients, `skip` being that of the look."""
+        return *_backward(grad, *ctx.saved_tensors, ctx.eps, skip), None

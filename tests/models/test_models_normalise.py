@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sanctl_models.normalise import normalise_relu, normalise_relu_by_operator
+from sanctl_models.normalise import (
+    normalise_relu,
+    normalise_relu_by_operator,
+    normalise_relu_with_skip,
+    normalise_relu_with_skip_by_operator,
+)
 from sanctl_models.sam import SAM
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -86,6 +91,22 @@ def test_three_steps_by_the_operator(options: dict[str, Any], device: str) -> No
     x = images(device)
     torch.testing.assert_close(normalise_relu(ours, x), F.relu(torchs(x)))
     torch.testing.assert_close(ours.state_dict(), torchs.state_dict())
+
+
+@each_option
+@each_device
+def test_what_skips_the_rest_adds_its_gradient(options: dict[str, Any], device: str) -> None:
+    ours, torchs = two_alike(device, **options)
+    for normalised in (normalise_relu_with_skip_by_operator, normalise_relu_with_skip):
+        planes = images(device)
+        x = planes.contiguous(memory_format=torch.channels_last)
+        (out, skip), expected = normalised(ours, x), F.relu(torchs(planes))
+        torch.testing.assert_close((out, skip), (expected, planes))
+        torch.testing.assert_close(
+            torch.autograd.grad((out * skip).sum(), [planes, *ours.parameters()]),
+            torch.autograd.grad((expected * planes).sum(), [planes, *torchs.parameters()]),
+        )
+        torch.testing.assert_close(ours.state_dict(), torchs.state_dict())
 
 
 @each_device

@@ -122,6 +122,8 @@ def main() -> None:
         x = torch.randn(3, 37, 40, 24, device="cuda").to(dtype).movedim(-1, 1).requires_grad_()
         out, *_ = sanctl_ops.batch_norm_relu(x, one, one)
         torch.autograd.grad(out, x, torch.randn_like(out))
+        out, skip, *_ = sanctl_ops.batch_norm_relu_with_skip(x, one, one)
+        torch.autograd.grad(out + skip, x, torch.randn_like(out))
     torch.set_float32_matmul_precision("high")
     hidden_channels = (2, *(8 * tiles for tiles in HIDDEN_TILES))
     for dtype, size in itertools.product(halves.DTYPES, SAME_KERNEL_SIZES):

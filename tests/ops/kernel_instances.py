@@ -114,7 +114,7 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
     "norm_relu.cu": {
         "norm_relu": BY_CHANNELS,
         "norm_relu_sums": BY_CHANNELS,
-        "norm_relu_input_gradient": BY_CHANNELS,
+        "norm_relu_input_gradient": [(*of, skip) for of in BY_CHANNELS for skip in FLAGS],
     },
     "norm_statistics.cu": {
         "norm_moments": BY_CHANNELS,

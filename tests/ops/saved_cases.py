@@ -11,7 +11,7 @@ from patchwise_cases import Case as PatchwiseCase
 from pooling_cases import PoolingCase
 from torch import Tensor
 
-from sanctl_ops import batch_norm_relu, patchwise_attention
+from sanctl_ops import batch_norm_relu, batch_norm_relu_with_skip, patchwise_attention
 
 DTYPE = torch.float32
 # An output, and the leaves that gradients flow to.
@@ -35,6 +35,14 @@ def normalised(layout: str) -> Run:
         return batch_norm_relu(x, weight, bias, 1e-5)[0], [x, weight, bias]
 
     return run
+
+
+def with_skip(device: str) -> tuple[Tensor, list[Tensor]]:
+    torch.manual_seed(0)
+    drawn = laid_out((2, 8, 5, 6), "channels_last"), torch.randn(8), torch.randn(8)
+    x, weight, bias = (moved(t, device, DTYPE).requires_grad_() for t in drawn)
+    out, skip, *_ = batch_norm_relu_with_skip(x, weight, bias)
+    return out * skip, [x, weight, bias]
 
 
 def pooled(image_channels: int | None) -> Run:
@@ -63,6 +71,7 @@ def patchwise(device: str) -> tuple[Tensor, list[Tensor]]:
 RUNS = {name: windows(name) for name in OPERATORS} | {
     "batch_norm_relu": normalised("contiguous"),
     "batch_norm_relu_channels_last": normalised("channels_last"),
+    "batch_norm_relu_with_skip": with_skip,
     "norm_pool": pooled(None),
     "conv_norm_pool": pooled(3),
     "pairwise_attention": pairwise,

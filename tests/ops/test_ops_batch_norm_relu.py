@@ -10,7 +10,7 @@ from op_cases import CHANNELS_LAST, DEVICES, LAYOUTS, as_array, laid_out, moved
 from op_oracle import Array
 from torch import Tensor
 
-from sanctl_ops import batch_norm_relu
+from sanctl_ops import batch_norm_relu, batch_norm_relu_with_skip
 from sanctl_ops.window import plane_format
 
 EPS = 1e-5
@@ -133,6 +133,16 @@ def assert_agrees(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     for actual, wanted in zip(gradients[1:], expected[1:], strict=True):
         assert_close(actual, wanted, actual.dtype, exact * (1 + terms / 10))
 
+    # What skips the rest adds its gradient to that of x, which may have been rounded before.
+    out_again, skip, *statistics = batch_norm_relu_with_skip(x, weight, bias, EPS)
+    assert all(map(torch.equal, (out_again, skip, *statistics), (out, x, mean, variance)))
+    more = torch.randn(out.shape, dtype=torch.float64).to(x.device, x.dtype)
+    both = torch.autograd.grad((out_again, skip), (x, weight, bias), (grad, more))
+    assert both[0].dtype == x.dtype
+    rounded = exact * max(scale, 1) + ROUNDING[x.dtype] * np.abs(expected[0]).max()
+    assert_close(both[0], expected[0] + as_array(more), x.dtype, rounded)
+    assert all(map(torch.equal, both[1:], gradients[1:]))
+
 
 def assert_close(actual: Tensor, expected: Array, dtype: torch.dtype, atol: float) -> None:
     np.testing.assert_allclose(as_array(actual), expected, rtol=ROUNDING[dtype], atol=atol)
@@ -242,6 +252,9 @@ def test_gradcheck() -> None:
     oracle = Oracle(*map(as_array, leaves))
     assert np.abs(oracle.before_relu).min() > 1e-3, "a kink of ReLU is too near"
     assert torch.autograd.gradcheck(lambda *t: batch_norm_relu(*t)[0], leaves)
+    last = drawn((2, 3, 4, 5), "cpu", layout="channels_last")
+    assert np.abs(Oracle(*map(as_array, last)).before_relu).min() > 1e-3
+    assert torch.autograd.gradcheck(lambda *t: batch_norm_relu_with_skip(*t)[:2], last)
 
 
 def test_statistics_have_no_gradient() -> None:
@@ -274,11 +287,12 @@ def test_opcheck_of_channels_last(layout: str, dtype: torch.dtype, device: str) 
     torch.library.opcheck(forward, (x, weight, bias, EPS))
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
     out, *saved = forward(x, weight, bias, EPS)
-    torch.library.opcheck(
-        torch.ops.sanctl.batch_norm_relu_channels_last_backward,
-        (out, x, weight, bias, *saved, EPS),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    for skip in (None, x):
+        torch.library.opcheck(
+            torch.ops.sanctl.batch_norm_relu_channels_last_backward,
+            (out, x, weight, bias, *saved, EPS, skip),
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -289,7 +303,8 @@ def test_opcheck_of_channels_last(layout: str, dtype: torch.dtype, device: str) 
 def test_compiles_without_a_graph_break(backend: str, dynamic: bool, device: str) -> None:
     def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         out, mean, variance = batch_norm_relu(2 * x, weight, bias)
-        return out.sin() + (mean + variance)[:, None, None]
+        out, skip, *_ = batch_norm_relu_with_skip(out.sin(), weight, bias)
+        return out + skip.cos() + (mean + variance)[:, None, None]
 
     leaves = drawn((2, 4, 6, 7), device, layout="channels_last")
     out = torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)(*leaves)
@@ -317,8 +332,9 @@ def test_compiles_without_a_graph_break(backend: str, dynamic: bool, device: str
 def test_unusable_arguments(changed: dict[str, Tensor], message: str) -> None:
     usable = {"x": torch.zeros(1, 4, 2, 2), "weight": torch.ones(4), "bias": torch.zeros(4)}
     arguments = usable | changed
-    with pytest.raises(ValueError, match=message):
-        batch_norm_relu(arguments["x"], arguments["weight"], arguments["bias"])
+    for operator in (batch_norm_relu, batch_norm_relu_with_skip):
+        with pytest.raises(ValueError, match=message):
+            operator(arguments["x"], arguments["weight"], arguments["bias"])
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from pooling_cases import draw as draw_pooled
 from pooling_cases import fused as pooled
 from pooling_cases import truth as pooled_truth
 
-from sanctl_ops import batch_norm_relu
+from sanctl_ops import batch_norm_relu, batch_norm_relu_with_skip
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -160,6 +160,13 @@ def test_kernels_that_normalise(
     for actual, wanted in zip(found, (expected, *moments, *gradients), strict=True):
         allowed = atol * max(1, offset) * max(1, wanted.abs().max().item())
         torch.testing.assert_close(actual.double(), wanted, rtol=rtol, atol=allowed)
+    out, skip, *_ = batch_norm_relu_with_skip(*leaves)
+    more = torch.randn(shape).to(dtype)
+    (both,) = torch.autograd.grad((out, skip), x, (grad, more))
+    # Of contiguous tensors, autograd adds what has been rounded.
+    wanted = (gradients[0] if layout == "channels_last" else found[3].double()) + more.double()
+    allowed = atol * max(1, offset) * max(1, wanted.abs().max().item())
+    torch.testing.assert_close(both.double(), wanted, rtol=rtol, atol=allowed)
 
 
 @pytest.mark.usefixtures("_kernels_on_cpu")

@@ -82,10 +82,12 @@ __global__ void __launch_bounds__(THREADS)
     write_sums(sums, partials, channels, share);
 }
 
-template <typename T, int V>
+// Adds, if there is SKIP, what comes to x's gradient from elsewhere.
+template <typename T, int V, bool SKIP>
 __global__ void __launch_bounds__(THREADS)
-    norm_relu_input_gradient(const T* grad, const T* x, const float* table, const float* shares,
-                             T* grad_x, unsigned pixels, int channels, int lanes, int parts) {
+    norm_relu_input_gradient(const T* grad, const T* skip, const T* x, const float* table,
+                             const float* shares, T* grad_x, unsigned pixels, int channels,
+                             int lanes, int parts) {
     constexpr int COUNT = Pixels<T, V>::COUNT;
     const Share share(lanes, parts);
     const int channel = share.group * V;
@@ -97,6 +99,7 @@ __global__ void __launch_bounds__(THREADS)
     for (unsigned first = share.first; first < pixels; first += COUNT * share.step) {
         const Pixels<T, V> read(x + channel, first, pixels, channels, share);
         const Pixels<T, V> gradients(grad + channel, first, pixels, channels, share);
+        const Pixels<T, V> skipped((SKIP ? skip : grad) + channel, first, pixels, channels, share);
 #pragma unroll
         for (int k = 0; k < COUNT; ++k) {
             const unsigned pixel = first + k * share.step;
@@ -108,6 +111,7 @@ __global__ void __launch_bounds__(THREADS)
                 const bool passed = passes(scale[v] * value + shift[v]);
                 const float slope = passed ? scale[v] * gradients.value(k, v) : 0;
                 values[v] = factor[v] * value + summand[v] + slope;
+                if (SKIP) values[v] += skipped.value(k, v);
             }
             store<V>(grad_x + static_cast<long long>(pixel) * channels + channel, values);
         }

@@ -30,8 +30,18 @@ def forward(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return out, mean, variance, table
 
 
-def backward(grad: Tensor, x: Tensor, norm: Norm, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight and bias; `norm` has the statistics of x."""
+def backward(
+    grad: Tensor, x: Tensor, norm: Norm, table: Tensor, skip: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, weight and bias.
+
+    Args:
+        grad: the gradient of the output.
+        x: what was normalised.
+        norm: the normalisation with the statistics of x.
+        table: factors and summands of x.
+        skip: what comes to x's gradient from elsewhere.
+    """
     assert norm.mean is not None
     channels, vector = x.shape[1], vector_of(x)
     groups, pixels = channels // vector, x.numel() // channels
@@ -53,13 +63,13 @@ def backward(grad: Tensor, x: Tensor, norm: Norm, table: Tensor) -> tuple[Tensor
     grad_x = torch.empty_like(x, memory_format=torch.channels_last)
     dealt = deal(pixels, groups, sums=False)
     launch(
-        kernel(SOURCE, "norm_relu_input_gradient", x.dtype, vector),
+        kernel(SOURCE, "norm_relu_input_gradient", x.dtype, vector, skip is not None),
         x.device,
         dealt.blocks,
         THREADS,
         (
-            *(grad, x, table, shares, grad_x, np.uint32(pixels)),
-            *(channels, dealt.lanes, dealt.parts),
+            *(grad, grad if skip is None else by_pixels(skip, vector), x, table, shares, grad_x),
+            *(np.uint32(pixels), channels, dealt.lanes, dealt.parts),
         ),
     )
     return grad_x, grad_weight, grad_bias
