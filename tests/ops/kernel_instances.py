@@ -134,6 +134,14 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
         "pairwise_join_moments": list(itertools.product(pairwise_layout.RELATIONS, FLAGS)),
         "pairwise_fold_relation": list(itertools.product(halves.DTYPES, pairwise_layout.RELATIONS)),
     },
+    "pairwise_narrow.cu": {
+        name: [(dtype,) for dtype in halves.DTYPES]
+        for name in (
+            "pairwise_aggregate_narrow",
+            "pairwise_logits_gradient_narrow",
+            "pairwise_value_gradient_narrow",
+        )
+    },
     "pairwise_relation_gradient.cu": {
         "pairwise_relation_gradient": RELATIONS,
         "pairwise_fold_keys": [(k,) for k in pairwise_layout.KERNEL_SIZES],

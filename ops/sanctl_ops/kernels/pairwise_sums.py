@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sanctl_ops.kernels import pairwise_narrow
 from sanctl_ops.kernels.geometry import VECTOR_BYTES, WARP, divisor_argument
 from sanctl_ops.kernels.pairwise_layout import Layout
 from sanctl_ops.kernels.pairwise_saved import Saved
@@ -53,6 +54,8 @@ def largest(rows: Tensor) -> Tensor:
 
 def aggregate(value: Tensor, saved: Saved, layout: Layout) -> Tensor:
     """Return the weighted sums of the `pixels_of` values, (N, H, W, C)."""
+    if pairwise_narrow.serves(layout):
+        return pairwise_narrow.aggregate(value, saved, layout)
     cut, out = value_walk(layout), value.new_empty(value.shape)
     sums = (saved.logits, saved.log_sums, value, out, saved.most_value)
     _launch_sums(AGGREGATE, "pairwise_aggregate", layout, cut, value, sums, pitch=value.stride(2))
@@ -63,6 +66,8 @@ def logits_gradient(
     grad: Tensor, value: Tensor, out: Tensor, saved: Saved, most_slope: Tensor, layout: Layout
 ) -> Tensor:
     """Return the gradient of the natural logits, scaled; planes by rows, values by `pixels_of`."""
+    if pairwise_narrow.serves(layout):
+        return pairwise_narrow.logits_gradient(grad, value, out, saved, most_slope, layout)
     cut, grad_logits = value_walk(layout), torch.empty_like(saved.logits)
     most = (saved.most_value, most_slope)
     sums = (grad, saved.logits, saved.log_sums, value, out, grad_logits, *most)
@@ -73,6 +78,8 @@ def logits_gradient(
 
 def value_gradient(grad: Tensor, saved: Saved, most_slope: Tensor, layout: Layout) -> Tensor:
     """Return the gradient of the values, by rows as grad is."""
+    if pairwise_narrow.serves(layout):
+        return pairwise_narrow.value_gradient(grad, saved, layout)
     cut, device = slope_walk(layout), grad.device
     padded = torch.empty(layout.images, *layout.padded, layout.channels, device=device)
     sums = (grad, saved.logits, saved.log_sums, padded, most_slope)
