@@ -142,6 +142,11 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
             "pairwise_value_gradient_narrow",
         )
     },
+    "pairwise_narrow_relation.cu": {
+        "pairwise_gram_narrow": FLOAT,
+        "pairwise_logits_narrow": FLOAT,
+        "pairwise_weights_gradient_narrow": FLOAT,
+    },
     "pairwise_relation_gradient.cu": {
         "pairwise_relation_gradient": RELATIONS,
         "pairwise_fold_keys": [(k,) for k in pairwise_layout.KERNEL_SIZES],
@@ -151,7 +156,10 @@ TEMPLATES: dict[str, dict[str, list[Parameters]]] = {
         "pairwise_largest": [(d, VECTOR_BYTES // d.itemsize) for d in halves.DTYPES]
     },
     "pairwise_sums_gradient.cu": {
-        "pairwise_logits_gradient": [(*v, s) for v in VALUES for s in pairwise_layout.SLOTS],
+        # Layers of the one left out have kernels of their own.
+        "pairwise_logits_gradient": [
+            (*v, s) for v in VALUES for s in pairwise_layout.SLOTS if (*v[1:], s) != (2, 3, 2)
+        ],
         "pairwise_value_gradient": VALUES,
         "pairwise_fold": PAIRWISE_PLANES,
     },

@@ -26,6 +26,7 @@ from sanctl_ops.kernels import (
     channels,
     geometry,
     halves,
+    pairwise_narrow,
     pairwise_planes,
     pairwise_tiles,
     patchwise_plan,
@@ -45,6 +46,7 @@ STRUCTURES = {
     "Pool": pooling.POOL,
     "Shape": patchwise_plan.SHAPE,
     "Strides": geometry.STRIDES,
+    "Squares": pairwise_narrow.SQUARES,
     "Tiling": pairwise_tiles.TILING,
     "Window": geometry.WINDOW,
 }

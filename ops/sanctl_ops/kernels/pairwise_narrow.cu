@@ -1,39 +1,9 @@
 // Sums of values weighted by the softmax of stored logits, and their gradients, for two weight channels
-// of 8 values each and 3 x 3 taps: what pairwise_sums.cuh has for others. So few values are not worth
-// staging: a thread has a pixel with all of them, in float, and reads its neighbours', most of which the
-// first-level cache holds for the pixels beside it. Channel c goes with weight channel c % 2.
-#include "pairwise.cuh"
+// of 8 values each and 3 x 3 taps: what pairwise_sums.cuh has for others. Channel c goes with weight
+// channel c % 2.
+#include "pairwise_narrow.cuh"
 
-constexpr int K = 3, RADIUS = 1, TAPS = K * K;
-constexpr int SLOTS = 2, CHANNELS = 16;
-constexpr int SIDE = 16;  // of a block's square of pixels
-constexpr int THREADS = SIDE * SIDE;
-
-// How planes are cut into squares; laid out as SQUARES in pairwise_narrow.py.
-struct Squares {
-    Divisor across, down;
-    int height, width;
-};
-
-// A thread's pixel, and where images begin.
-struct Own {
-    int n, y, x;
-    bool exists;
-
-    __device__ explicit Own(const Squares& squares) {
-        unsigned rest = blockIdx.x;
-        x = squares.across.divide(rest) * SIDE + threadIdx.x % SIDE;
-        y = squares.down.divide(rest) * SIDE + threadIdx.x / SIDE;
-        n = rest;
-        exists = y < squares.height && x < squares.width;
-    }
-
-    // Where the thread's image begins, if an image has `elements`.
-    template <typename T>
-    __device__ T* image(T* images, int elements) const {
-        return images + static_cast<long long>(n) * elements;
-    }
-};
+constexpr int CHANNELS = 16;
 
 using Values = float[CHANNELS];
 
@@ -55,12 +25,10 @@ struct Weights {
     const float* log_sums;  // (pixels, SLOTS)
     int plane;
 
-    __device__ Weights(const Half* all_logits, const float* all_sums, const Own& own,
-                       const Squares& squares)
-        : plane(squares.height * squares.width) {
-        logits = own.image(all_logits, TAPS * plane * SLOTS);
-        log_sums = own.image(all_sums, plane * SLOTS);
-    }
+    __device__ Weights(const Half* all_logits, const float* all_sums, const Own& own)
+        : logits(own.image(all_logits, TAPS * own.plane * SLOTS)),
+          log_sums(own.image(all_sums, own.plane * SLOTS)),
+          plane(own.plane) {}
 
     __device__ void read(int pixel, int tap, float (&weights)[SLOTS]) const {
         float sums[SLOTS];
@@ -71,38 +39,25 @@ struct Weights {
     }
 };
 
-// Hands every tap of a pixel to visit(tap, the number of the pixel that it reads).
-template <typename Visit>
-__device__ inline void visit_neighbours(const Own& own, const Squares& squares, Visit visit) {
-#pragma unroll
-    for (int i = 0; i < K; ++i) {
-        const int y = source<true>(own.y + i - RADIUS, squares.height);
-#pragma unroll
-        for (int j = 0; j < K; ++j)
-            visit(i * K + j, y * squares.width + source<true>(own.x + j - RADIUS, squares.width));
-    }
-}
-
 // `out` is (N, H * W, CHANNELS), `value` likewise with `pitch` elements from pixel to pixel.
 template <typename T>
 __global__ void __launch_bounds__(THREADS, 3)
     pairwise_aggregate_narrow(const Half* logits, const float* log_sums, const T* value, T* out,
                               Squares squares, int pitch) {
-    const Own own(squares);
+    const Own own(blockIdx.x, squares);
     if (!own.exists) return;
-    const Weights weights(logits, log_sums, own, squares);
-    const T* const image = own.image(value, weights.plane * pitch);
-    const int pixel = own.y * squares.width + own.x;
+    const Weights weights(logits, log_sums, own);
+    const T* const image = own.image(value, own.plane * pitch);
     Values sums = {};
     visit_neighbours(own, squares, [&](int tap, int neighbour) {
         float weight[SLOTS];
         Values values;
-        weights.read(pixel, tap, weight);
+        weights.read(own.pixel, tap, weight);
         load_values(image + neighbour * pitch, values);
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c) sums[c] += weight[c % SLOTS] * values[c];
     });
-    store_values(own.image(out, weights.plane * CHANNELS) + pixel * CHANNELS, sums);
+    store_values(own.image(out, own.plane * CHANNELS) + own.pixel * CHANNELS, sums);
 }
 
 // Writes the gradients of the (natural) logits, scaled as pairwise_logits_gradient does; laid out as
@@ -113,12 +68,11 @@ __global__ void __launch_bounds__(THREADS, 3)
                                     const T* value, const T* out, Half* grad_logits,
                                     const float* most_value, const float* most_slope,
                                     Squares squares, int pitch) {
-    const Own own(squares);
+    const Own own(blockIdx.x, squares);
     if (!own.exists) return;
-    const Weights weights(logits, log_sums, own, squares);
-    const T* const image = own.image(value, weights.plane * pitch);
-    const int pixel = own.y * squares.width + own.x;
-    const long long at = own.n * static_cast<long long>(weights.plane) + pixel;
+    const Weights weights(logits, log_sums, own);
+    const T* const image = own.image(value, own.plane * pitch);
+    const long long at = own.n * static_cast<long long>(own.plane) + own.pixel;
     const float scale = value_scale(most_value) * slope_scale(most_slope);
     Values slopes, sums;
     load_values(grad + at * CHANNELS, slopes);
@@ -131,7 +85,7 @@ __global__ void __launch_bounds__(THREADS, 3)
     visit_neighbours(own, squares, [&](int tap, int neighbour) {
         float gradients[SLOTS], products[SLOTS] = {};
         Values values;
-        weights.read(pixel, tap, gradients);
+        weights.read(own.pixel, tap, gradients);
         load_values(image + neighbour * pitch, values);
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c) products[c % SLOTS] += slopes[c] * values[c];
@@ -139,10 +93,10 @@ __global__ void __launch_bounds__(THREADS, 3)
         for (int s = 0; s < SLOTS; ++s) gradients[s] *= (products[s] - delta[s]) * scale;
         written[tap] = pack<Half>(gradients[0], gradients[1]);
     });
-    Half* const to = own.image(grad_logits, TAPS * weights.plane * SLOTS) + pixel * SLOTS;
+    Half* const to = own.image(grad_logits, TAPS * own.plane * SLOTS) + own.pixel * SLOTS;
 #pragma unroll
     for (int tap = 0; tap < TAPS; ++tap)
-        *reinterpret_cast<unsigned*>(to + tap * weights.plane * SLOTS) = written[tap];
+        *reinterpret_cast<unsigned*>(to + tap * own.plane * SLOTS) = written[tap];
 }
 
 // Writes the gradient of the values, (N, H * W, CHANNELS): all windows that read a pixel, at its place
@@ -151,11 +105,10 @@ template <typename T>
 __global__ void __launch_bounds__(THREADS, 3)
     pairwise_value_gradient_narrow(const T* grad, const Half* logits, const float* log_sums,
                                    T* grad_value, Squares squares) {
-    const Own own(squares);
+    const Own own(blockIdx.x, squares);
     if (!own.exists) return;
-    const Weights weights(logits, log_sums, own, squares);
-    const T* const image = own.image(grad, weights.plane * CHANNELS);
-    const int pixel = own.y * squares.width + own.x;
+    const Weights weights(logits, log_sums, own);
+    const T* const image = own.image(grad, own.plane * CHANNELS);
     Values sums = {};
     // Without branches, lest every tap wait for the one before: a window that does not exist has no
     // weight at the thread's pixel, whose own window counts anyway.
@@ -164,7 +117,7 @@ __global__ void __launch_bounds__(THREADS, 3)
         for (int tap = 0; tap < TAPS; ++tap) {
             const int y = shown_y + RADIUS - tap / K, x = shown_x + RADIUS - tap % K;
             const bool exists = y >= 0 && y < squares.height && x >= 0 && x < squares.width;
-            const int query = exists ? y * squares.width + x : pixel;
+            const int query = exists ? y * squares.width + x : own.pixel;
             float weight[SLOTS];
             Values slopes;
             weights.read(query, tap, weight);
@@ -183,5 +136,5 @@ __global__ void __launch_bounds__(THREADS, 3)
             ::image<true>(own.x, squares.width, RADIUS, which % IMAGES<true>, x))
             gather(y, x);
     }
-    store_values(own.image(grad_value, weights.plane * CHANNELS) + pixel * CHANNELS, sums);
+    store_values(own.image(grad_value, own.plane * CHANNELS) + own.pixel * CHANNELS, sums);
 }

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sanctl_ops.kernels import pairwise_narrow
 from sanctl_ops.kernels.geometry import WARP, divisor_argument
 from sanctl_ops.kernels.pairwise_layout import Layout
 from sanctl_ops.kernels.pairwise_saved import Packed, Saved
@@ -18,6 +19,8 @@ THREADS = 256
 
 def weigh(folded: Tensor, affine: Tensor, packed: Packed, layout: Layout) -> tuple[Tensor, Tensor]:
     """Return the logits and the logarithms of the sums of their powers."""
+    if pairwise_narrow.takes_relation(layout):
+        return pairwise_narrow.weigh(folded, affine, packed, layout)
     cut, device = relation_walk(layout), folded.device
     logits = torch.empty(layout.logits_shape, dtype=torch.float16, device=device)
     sums = torch.empty(layout.sums_shape, device=device)

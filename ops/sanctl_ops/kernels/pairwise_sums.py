@@ -54,7 +54,7 @@ def largest(rows: Tensor) -> Tensor:
 
 def aggregate(value: Tensor, saved: Saved, layout: Layout) -> Tensor:
     """Return the weighted sums of the `pixels_of` values, (N, H, W, C)."""
-    if pairwise_narrow.serves(layout):
+    if pairwise_narrow.takes_values(layout):
         return pairwise_narrow.aggregate(value, saved, layout)
     cut, out = value_walk(layout), value.new_empty(value.shape)
     sums = (saved.logits, saved.log_sums, value, out, saved.most_value)
@@ -66,7 +66,7 @@ def logits_gradient(
     grad: Tensor, value: Tensor, out: Tensor, saved: Saved, most_slope: Tensor, layout: Layout
 ) -> Tensor:
     """Return the gradient of the natural logits, scaled; planes by rows, values by `pixels_of`."""
-    if pairwise_narrow.serves(layout):
+    if pairwise_narrow.takes_values(layout):
         return pairwise_narrow.logits_gradient(grad, value, out, saved, most_slope, layout)
     cut, grad_logits = value_walk(layout), torch.empty_like(saved.logits)
     most = (saved.most_value, most_slope)
@@ -78,7 +78,7 @@ def logits_gradient(
 
 def value_gradient(grad: Tensor, saved: Saved, most_slope: Tensor, layout: Layout) -> Tensor:
     """Return the gradient of the values, by rows as grad is."""
-    if pairwise_narrow.serves(layout):
+    if pairwise_narrow.takes_values(layout):
         return pairwise_narrow.value_gradient(grad, saved, layout)
     cut, device = slope_walk(layout), grad.device
     padded = torch.empty(layout.images, *layout.padded, layout.channels, device=device)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sanctl_ops.attention import Norm, dense
+from sanctl_ops.kernels import pairwise_narrow
 from sanctl_ops.kernels.geometry import WARP
 from sanctl_ops.kernels.pairwise_layout import Layout
 from sanctl_ops.kernels.pairwise_saved import Packed, Saved, empty_packed
@@ -26,6 +27,8 @@ JOINING = 512
 
 def gram(folded: Tensor, affine: Tensor, layout: Layout) -> Tensor:
     """Return the upper half of the Gram matrix of z, of all slots and in float64."""
+    if pairwise_narrow.takes_relation(layout):
+        return _join(pairwise_narrow.gram(folded, affine, layout))
     cut = relation_walk(layout)
     each = tiles_of_share(layout, cut)
     all_tiles = layout.images * cut.of_image
@@ -47,6 +50,8 @@ def gram(folded: Tensor, affine: Tensor, layout: Layout) -> Tensor:
 
 def weight_sums(saved: Saved, grad_logits: Tensor, layout: Layout) -> Tensor:
     """Return sums for the gradients of both convolutions, by padded hidden channels, scaled."""
+    if pairwise_narrow.takes_relation(layout):
+        return _join(pairwise_narrow.weight_sums(saved, grad_logits, layout))
     cut, device = relation_walk(layout), grad_logits.device
     each = tiles_of_share(layout, cut)
     all_tiles = layout.images * cut.of_image
