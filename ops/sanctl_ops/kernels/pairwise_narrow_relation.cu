@@ -84,6 +84,17 @@ __device__ inline void join_block(float (&sums)[COUNT], float* joined) {
     __syncthreads();
 }
 
+// Hands the thread's pixels of the `each` squares that a block takes, of `all`, to visit(own).
+template <typename Visit>
+__device__ inline void visit_share(const Squares& squares, int each, int all, Visit visit) {
+    const int end = min(static_cast<int>(blockIdx.x) * each + each, all);
+#pragma unroll 1
+    for (int square = blockIdx.x * each; square < end; ++square) {
+        const Own own(square, squares);
+        if (own.exists) visit(own);
+    }
+}
+
 // Where the product of z's channels i and j, i <= j, is among those of the upper half.
 __device__ inline constexpr int upper(int i, int j) { return i * Z - i * (i - 1) / 2 + j - i; }
 
@@ -95,11 +106,7 @@ __global__ void __launch_bounds__(THREADS, 3)
     extern __shared__ double shared[];
     constexpr int COUNT = Z * (Z + 1) / 2;
     A sums[COUNT] = {};
-    const int end = min(static_cast<int>(blockIdx.x) * each + each, all);
-#pragma unroll 1
-    for (int square = blockIdx.x * each; square < end; ++square) {
-        const Own own(square, squares);
-        if (!own.exists) continue;
+    visit_share(squares, each, all, [&](const Own& own) {
         const NarrowRelation relation(query, key, affine, own);
         visit_neighbours(own, squares, [&](int, int neighbour) {
             float z[Z];
@@ -109,7 +116,7 @@ __global__ void __launch_bounds__(THREADS, 3)
 #pragma unroll
                 for (int j = i; j < Z; ++j) sums[upper(i, j)] += z[i] * z[j];
         });
-    }
+    });
     A* const joined = reinterpret_cast<A*>(shared);
     join_block(sums, joined);
     if (threadIdx.x >= TAIL * TAIL) return;
@@ -174,11 +181,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     Convolutions weights;
     weights.take<true>(weights1, weights2);
     A sums[FEW * OF_HIDDEN] = {};
-    const int end = min(static_cast<int>(blockIdx.x) * each + each, all);
-#pragma unroll 1
-    for (int square = blockIdx.x * each; square < end; ++square) {
-        const Own own(square, squares);
-        if (!own.exists) continue;
+    visit_share(squares, each, all, [&](const Own& own) {
         const NarrowRelation relation(query, key, affine, own);
         const Half* const slopes =
             own.image(grad_logits, TAPS * own.plane * SLOTS) + own.pixel * SLOTS;
@@ -200,7 +203,7 @@ __global__ void __launch_bounds__(THREADS, 2)
                 for (int c = 0; c < Z; ++c) sums[o * OF_HIDDEN + c] += of_hidden * z[c];
             }
         });
-    }
+    });
     A* const joined = reinterpret_cast<A*>(shared);
     join_block(sums, joined);
     const int o = threadIdx.x / PITCH, c = threadIdx.x % PITCH;
