@@ -103,7 +103,7 @@ class NormaliseWithSkip(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Normalise, and look at x once more."""
+        """Return what the operator does, and x."""
         out, mean, variance, table = batch_norm_relu_channels_last(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, bias, mean, variance, table)
         ctx.mark_non_differentiable(mean, variance)
@@ -112,5 +112,5 @@ class NormaliseWithSkip(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, skip: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients, `skip` being that of the look."""
+        """Return the gradients; `skip` is that of x as it was returned."""
         return *_backward(grad, *ctx.saved_tensors, ctx.eps, skip), None
