@@ -5,7 +5,7 @@
 #include "elements.cuh"
 
 constexpr int THREADS = 256;
-constexpr int JOINED = 8;  // channels whose sums a block joins
+constexpr int JOINED = 4;  // channels whose sums a block joins
 
 // What a thread is dealt: one of `lanes` groups of channels that its block has, and every step-th
 // pixel or window from the first on. Blocks are numbered (slab of groups, part).
@@ -50,16 +50,18 @@ __device__ inline bool join_parts(const double* partials, int parts, int channel
     const double* from = partials + blockIdx.x * JOINED + threadIdx.x % JOINED;
 #pragma unroll
     for (int k = 0; k < K; ++k) sums[k] = 0;
-#pragma unroll 4
+#pragma unroll 8
     for (int part = threadIdx.x / JOINED; part < parts; part += THREADS / JOINED)
 #pragma unroll
         for (int k = 0; k < K; ++k) sums[k] += from[(part * K + k) * channels];
+    for (int apart = THREADS / 2; apart >= JOINED; apart /= 2) {
 #pragma unroll
-    for (int k = 0; k < K; ++k) shared[k * THREADS + threadIdx.x] = sums[k];
-    __syncthreads();
-    if (threadIdx.x >= JOINED) return false;
-    for (int t = threadIdx.x + JOINED; t < THREADS; t += JOINED)
+        for (int k = 0; k < K; ++k) shared[k * THREADS + threadIdx.x] = sums[k];
+        __syncthreads();
+        if (static_cast<int>(threadIdx.x) < apart)
 #pragma unroll
-        for (int k = 0; k < K; ++k) sums[k] += shared[k * THREADS + t];
-    return true;
+            for (int k = 0; k < K; ++k) sums[k] += shared[k * THREADS + threadIdx.x + apart];
+        __syncthreads();
+    }
+    return threadIdx.x < JOINED;
 }

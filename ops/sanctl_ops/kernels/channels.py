@@ -11,7 +11,9 @@ from sanctl_ops.kernels.geometry import WARP
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # As in channels.cuh.
 THREADS = 256
-JOINED = 8
+JOINED = 4
+# What a thread reads at once of 16-bit values.
+MOST_CHANNELS = 8
 # Several for each multiprocessor of the largest GPUs; what they sum up is to be joined.
 SUMMING_BLOCKS = 1024
 # Pixels or windows of a thread that has nothing to sum up.
@@ -57,8 +59,8 @@ def obstacle(dtype: torch.dtype, channels: int, what: str) -> str | None:
     if dtype not in DTYPES:
         name = str(dtype).removeprefix("torch.")
         return f"the kernels of {what} take float16, bfloat16 and float32, not {name}"
-    if channels % JOINED != 0:
-        return f"the kernels of {what} take multiples of {JOINED} channels, not {channels}"
+    if channels % MOST_CHANNELS != 0:
+        return f"the kernels of {what} take multiples of {MOST_CHANNELS} channels, not {channels}"
     return None
 
 

@@ -6,8 +6,7 @@
 // taken relative to the thread's own first one, which keeps float precision wherever the mean is.
 template <typename T, int V>
 __global__ void __launch_bounds__(THREADS, 4)
-    norm_moments(const T* x, double* partials, unsigned pixels, int channels, int lanes,
-                      int parts) {
+    norm_moments(const T* x, double* partials, unsigned pixels, int channels, int lanes, int parts) {
     const Share share(lanes, parts);
     const T* from = x + share.group * V;
     float first[V] = {}, deviations[V] = {}, squares[V] = {};
@@ -39,9 +38,8 @@ __global__ void __launch_bounds__(THREADS, 4)
 // given.
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
-    norm_fold(const T* x, const double* partials, const float* weight, const float* bias,
-                   float* mean, float* variance, float* table, double eps, double count,
-                   int channels, int parts) {
+    norm_fold(const T* x, const double* partials, const float* weight, const float* bias, float* mean,
+              float* variance, float* table, double eps, double count, int channels, int parts) {
     double sums[2];
     if (!join_parts(partials, parts, channels, sums)) return;
     const int c = blockIdx.x * JOINED + threadIdx.x;
@@ -63,8 +61,8 @@ __global__ void __launch_bounds__(THREADS)
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
     norm_close(const double* partials, const T* mean, const T* variance, const T* weight,
-                    T* grad_weight, T* grad_bias, T* shares, double eps, double count, int channels,
-                    int parts) {
+               T* grad_weight, T* grad_bias, T* shares, double eps, double count, int channels,
+               int parts) {
     double sums[2];
     if (!join_parts(partials, parts, channels, sums)) return;
     const int c = blockIdx.x * JOINED + threadIdx.x;

@@ -5,6 +5,7 @@
 
 constexpr int THREADS = 128;
 constexpr int JOINING = 512;  // threads of a block that sums up partial sums
+constexpr int JOINED = 8;     // elements of such a block: what memory hands out at once, of floats
 constexpr double LOG2_E = 1.4426950408889634;
 // What the factors of gradients are scaled to at most.
 constexpr float MOST_BACK = 1024;
@@ -54,23 +55,23 @@ __device__ inline double most_of_block(double value, double* shared) {
     return shared[0];
 }
 
-// Sums up (shares, elements) over the shares: a block takes 32 elements, 16 threads each.
+// Sums up (shares, elements) over the shares.
 template <typename T>
 __global__ void __launch_bounds__(JOINING)
     pairwise_join(const T* partials, double* sums, int shares, int elements) {
     extern __shared__ double shared[];
-    const int element = blockIdx.x * 32 + threadIdx.x % 32, first = threadIdx.x / 32;
+    const int element = blockIdx.x * JOINED + threadIdx.x % JOINED, first = threadIdx.x / JOINED;
     double sum = 0;
     if (element < elements)
 #pragma unroll 8
-        for (int share = first; share < shares; share += JOINING / 32)
+        for (int share = first; share < shares; share += JOINING / JOINED)
             sum += partials[static_cast<long long>(share) * elements + element];
     shared[threadIdx.x] = sum;
-    for (int apart = JOINING / 2; apart > 16; apart /= 2) {
+    for (int apart = JOINING / 2; apart >= JOINED; apart /= 2) {
         __syncthreads();
         if (static_cast<int>(threadIdx.x) < apart) shared[threadIdx.x] += shared[threadIdx.x + apart];
     }
-    if (threadIdx.x < 32 && element < elements) sums[element] = shared[threadIdx.x];
+    if (threadIdx.x < JOINED && element < elements) sums[element] = shared[threadIdx.x];
 }
 
 // A block for every padded hidden channel. `sums` is the upper half of the Gram matrix of all slots,

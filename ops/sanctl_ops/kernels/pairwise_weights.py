@@ -23,6 +23,7 @@ HIDDEN_ROWS = {32: 2, 64: 2}
 # As in pairwise_weights.cu.
 THREADS = 128
 JOINING = 512
+JOINED = 8
 
 
 def gram(folded: Tensor, affine: Tensor, layout: Layout) -> Tensor:
@@ -80,7 +81,7 @@ def _join(partials: Tensor) -> Tensor:
     launch(
         kernel(WEIGHTS, "pairwise_join", torch.float32),
         partials.device,
-        -(-elements // WARP),
+        -(-elements // JOINED),
         JOINING,
         (partials, sums, partials.shape[0], elements),
         JOINING * 8,
