@@ -108,8 +108,7 @@ class RunningNetwork:
         """Return the network compiled, or as it is."""
         if not self._settings.compiled:
             return network
-        alone = network is self._model
-        return compile_network(network, {self._settings.batch}, cuda_graphs=alone)
+        return compile_network(network, {self._settings.batch}, cuda_graphs=True)
 
     def _train(self) -> None:
         with self._autocast():

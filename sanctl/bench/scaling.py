@@ -200,10 +200,10 @@ class _Entry:
         if self._settings.trains:
             replica = self._at_once(self._replicate)
             with self._processes.unsynchronised(replica):
-                all_can = self._all_can(self._warm_up)
+                all_can = self._all_can(lambda: self._warm_up(self._networks[0]))
             if not all_can:
                 return
-            self._at_once(self._warm_up)
+            self._at_once(lambda: self._warm_up(self._networks[0]))
         peaks = self._processes.gather(self._peak)
         self._peak = max((peak for peak in peaks if peak is not None), default=None)
 
@@ -267,13 +267,20 @@ class _Entry:
         self._networks.append(RunningNetwork(self._name, self._settings, self._device))
         if not self._processes.rank and self._settings.trains:
             self._networks.append(RunningNetwork(self._name, self._settings, self._device))
-        self._peak = warm_up(self._networks[-1], self._device)
+        self._warm_up(self._networks[-1])
 
     def _replicate(self) -> nn.Module:
         return self._networks[0].replicate(self._processes.replicate)
 
-    def _warm_up(self) -> None:
-        self._peak = warm_up(self._networks[0], self._device)
+    def _warm_up(self, network: RunningNetwork) -> None:
+        """Warm a network up; note the most that any has held.
+
+        A replica that is recorded in CUDA graphs before it exchanges gradients does not allocate
+        its memory again when it does.
+        """
+        peak = warm_up(network, self._device)
+        if peak is not None:
+            self._peak = max(peak, self._peak or 0)
 
     def _time_alone(self) -> None:
         if not self._processes.rank:

@@ -243,8 +243,8 @@ class TrainConfig(Section):
     )
     compile: bool = Field(
         default=False,
-        description="true: torch.compile, and CUDA graphs where one process trains without"
-        " TRAIN.accumulate; slower to start, then faster.",
+        description="true: torch.compile, and without TRAIN.accumulate CUDA graphs; slower to"
+        " start, then faster.",
     )
     channels_last: bool = Field(
         default=False, description="true: channels_last memory layout; faster convolutions on GPUs."

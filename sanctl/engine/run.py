@@ -160,11 +160,10 @@ def open_run(
     evaluates: Forward = state.model
     if config.TRAIN.compile:
         trained, evaluated = _full_batches(config, len(train_source), val_images, team)
-        # Graphs beside other processes' exchanges have not been tried.
-        alone = team.size == 1
-        graphs = alone and config.TRAIN.accumulate == 1
+        # Gradients must not add up, and sums of all processes are no part of a graph.
+        graphs = config.TRAIN.accumulate == 1 and not (config.TRAIN.sync_bn and team.size > 1)
         trains = compile_network(replica, trained, cuda_graphs=graphs)
-        evaluates = compile_network(state.model, evaluated, cuda_graphs=alone)
+        evaluates = compile_network(state.model, evaluated, cuda_graphs=True)
     return Run(
         config=config,
         dataset=loaded.dataset,

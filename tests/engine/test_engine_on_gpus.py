@@ -8,6 +8,7 @@ import time
 import pandas as pd
 import pytest
 import torch
+from team_run import free_port
 from tiny_run import Place, environment
 
 from sanctl.engine.checkpoint import load_checkpoint
@@ -76,6 +77,23 @@ def test_a_compiled_run_gives_what_one_that_is_not_does(place: Place) -> None:
     train = "train shapes tiny --no-test --gpus 0"
     for exp, switch in (("eager", "false"), ("compiled", "true")):
         run(place, train, *EXACT, *GENTLE, f"TRAIN.compile={switch}", exp=exp)
+    eager, compiled = metrics(place, "eager"), metrics(place, "compiled")
+    pd.testing.assert_frame_equal(eager, compiled, rtol=1e-3, atol=1e-4)
+
+
+def test_a_compiled_run_on_two_machines_gives_what_one_that_is_not_does(place: Place) -> None:
+    """Both are on one GPU: gloo takes that, NCCL would not."""
+    keys = (*EXACT, *GENTLE, "TRAIN.epochs=2", "Distributed.dist_backend=gloo")
+    for exp, switch in (("eager", "false"), ("compiled", "true")):
+        meeting = f"--nnodes 2 --rdzv-endpoint 127.0.0.1:{free_port()}"
+        train = f"train shapes tiny --no-test --gpus 0 {meeting}"
+        machines = [
+            start(place, f"{train} --node-rank {rank}", *keys, f"TRAIN.compile={switch}", exp=exp)
+            for rank in (0, 1)
+        ]
+        for machine in machines:
+            _, err = machine.communicate(timeout=300)
+            assert machine.returncode == 0, err
     eager, compiled = metrics(place, "eager"), metrics(place, "compiled")
     pd.testing.assert_frame_equal(eager, compiled, rtol=1e-3, atol=1e-4)
 

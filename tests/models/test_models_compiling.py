@@ -3,12 +3,14 @@
 import copy
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from sanctl_models import build_model, compile_network
@@ -62,8 +64,19 @@ def trained(
     return [out.detach() for out in logits]
 
 
+@pytest.fixture
+def only_process(tmp_path: Path) -> Iterator[None]:
+    """This process is a group of its own."""
+    meeting = (tmp_path / "store").as_uri()
+    distributed.init_process_group("nccl", init_method=meeting, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("only_process")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("replicated", [False, True], ids=["itself", "replica"])
 @pytest.mark.parametrize("sa_type", [0, 1], ids=["pairwise", "patchwise"])
 @pytest.mark.parametrize(
     ("attention", "dtype", "share"),
@@ -71,7 +84,7 @@ def trained(
     ids=["primitives", "fused"],
 )
 def test_cuda_graphs_train_as_a_network_does(
-    sa_type: int, attention: str, dtype: torch.dtype, share: float
+    sa_type: int, replicated: bool, attention: str, dtype: torch.dtype, share: float
 ) -> None:
     torch.manual_seed(0)
     torch.compiler.reset()
@@ -80,23 +93,25 @@ def test_cuda_graphs_train_as_a_network_does(
     )
     network.to("cuda", dtype).to(memory_format=torch.channels_last)
     other = copy.deepcopy(network)
-    forward = compile_network(other, {8}, cuda_graphs=True)
+    replica = DistributedDataParallel(other, broadcast_buffers=False) if replicated else other
+    trains = compile_network(replica, {8}, cuda_graphs=True)
+    evaluates = compile_network(other, {8}, cuda_graphs=True)
     counts = 8, 8, 8, 5, 8, 8
     batches = [torch.randn(count, 3, 64, 64, dtype=dtype, device="cuda") for count in counts]
     with use_attention(attention):
         expected = trained(network, network, batches)
-        actual = trained(other, forward, batches)
+        actual = trained(other, trains, batches)
         # Evaluated in between, the graphs of training keep their memory.
         for module in (network, other):
             module.eval()
         with torch.inference_mode():
             expected += [network(batches[0]) for _ in range(4)]
-            actual += [forward(batches[0]) for _ in range(4)]
+            actual += [evaluates(batches[0]) for _ in range(4)]
         for module in (network, other):
             module.train()
         expected += trained(network, network, batches[:2])
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as run:
-            actual += trained(other, forward, batches[:2])
+            actual += trained(other, trains, batches[:2])
     for one, wanted in zip(actual, expected, strict=True):
         assert (one - wanted).norm() < share * wanted.norm()
     launches = [event.name for event in run.events() if "GraphLaunch" in event.name]
