@@ -82,8 +82,13 @@ def test_a_compiled_run_gives_what_one_that_is_not_does(place: Place) -> None:
 
 
 def test_a_compiled_run_on_two_machines_gives_what_one_that_is_not_does(place: Place) -> None:
-    """Both are on one GPU: gloo takes that, NCCL would not."""
-    keys = (*EXACT, *GENTLE, "TRAIN.epochs=2", "Distributed.dist_backend=gloo")
+    """Both are on one GPU: gloo takes that, NCCL would not.
+
+    A batch is all images, so that every step is one of the graphs. Learning changes the last loss
+    by 7e-3 of it, rounding by up to 7e-4.
+    """
+    large = ("TRAIN.batch_size=18", "TRAIN.epochs=6", "TRAIN.base_lr=0.0001")
+    keys = (*EXACT, *large, "Distributed.dist_backend=gloo")
     for exp, switch in (("eager", "false"), ("compiled", "true")):
         meeting = f"--nnodes 2 --rdzv-endpoint 127.0.0.1:{free_port()}"
         train = f"train shapes tiny --no-test --gpus 0 {meeting}"
@@ -94,8 +99,9 @@ def test_a_compiled_run_on_two_machines_gives_what_one_that_is_not_does(place: P
         for machine in machines:
             _, err = machine.communicate(timeout=300)
             assert machine.returncode == 0, err
-    eager, compiled = metrics(place, "eager"), metrics(place, "compiled")
-    pd.testing.assert_frame_equal(eager, compiled, rtol=1e-3, atol=1e-4)
+    eager, compiled = (metrics(place, exp).filter(like="loss") for exp in ("eager", "compiled"))
+    assert len(eager) == 6
+    pd.testing.assert_frame_equal(eager, compiled, rtol=2e-3)
 
 
 @two_gpus
