@@ -41,10 +41,8 @@ def _is_narrow(layout: Layout) -> bool:
 
 def gram(folded: Tensor, affine: Tensor, layout: Layout) -> Tensor:
     """Return the Gram matrix of z in parts, (parts, size, size), of which the upper half counts."""
-    each, all_squares = _shares(layout)
-    partials = folded.new_empty(
-        -(-all_squares // each), layout.size, layout.size, dtype=torch.float32
-    )
+    shape = _shares(layout)[0], layout.size, layout.size
+    partials = folded.new_empty(shape, dtype=torch.float32)
     arguments = (folded[0], folded[1], affine, partials)
     _launch_sums("pairwise_gram_narrow", layout, arguments, GRAM_SUMS)
     return partials
@@ -68,8 +66,7 @@ def weigh(folded: Tensor, affine: Tensor, packed: Packed, layout: Layout) -> tup
 
 def weight_sums(saved: Saved, grad_logits: Tensor, layout: Layout) -> Tensor:
     """Return sums for the gradients of both convolutions in parts, (parts, hidden, columns)."""
-    each, all_squares = _shares(layout)
-    shape = -(-all_squares // each), layout.hidden_rows, layout.size + 8
+    shape = _shares(layout)[0], layout.hidden_rows, layout.size + 8
     partials = grad_logits.new_empty(shape, dtype=torch.float32)
     planes = (saved.folded[0], saved.folded[1], saved.affine)
     arguments = (*planes, saved.packed.first, saved.packed.back, grad_logits, partials)
@@ -111,10 +108,11 @@ def _squares(height: int, width: int) -> tuple[int, np.ndarray]:
     return down * across, structure((divisor(across), divisor(down), height, width), SQUARES)
 
 
-def _shares(layout: Layout) -> tuple[int, int]:
-    """Return how many squares a block takes that sums up over pixels, and how many there are."""
+def _shares(layout: Layout) -> tuple[int, int, int]:
+    """Return how many blocks sum up over pixels, squares that each takes, and squares of all."""
     all_squares = layout.images * _squares(layout.height, layout.width)[0]
-    return max(1, all_squares // SHARES), all_squares
+    each = max(1, all_squares // SHARES)
+    return -(-all_squares // each), each, all_squares
 
 
 def _launch_values(
@@ -133,11 +131,11 @@ def _launch_values(
 def _launch_sums(
     name: str, layout: Layout, arguments: tuple[Tensor, ...], sums_of_thread: int
 ) -> None:
-    each, all_squares = _shares(layout)
+    blocks, each, all_squares = _shares(layout)
     launch(
         kernel(RELATION, name, torch.float32),
         arguments[0].device,
-        -(-all_squares // each),
+        blocks,
         SIDE**2,
         (*arguments, _squares(layout.height, layout.width)[1], each, all_squares),
         sums_of_thread * 4 * SIDE**2 // WARP,
