@@ -46,8 +46,9 @@ __device__ inline void sum_columns(const Image<T>& image, const F* slope_query, 
         }
 }
 
-// Slopes are sums over queries and, negative, over keys of the gradient behind the first normalisation. Writes for every channel of a part of an image their sum, and that of slopes times
-// what was normalised, to `totals`. Slopes are laid out as `pairwise_close` takes them.
+// Slopes are sums over queries and, negative, over keys of the gradient behind the first normalisation.
+// Writes for every channel of a part of an image their sum, and that of slopes times what was normalised,
+// to `totals`. Slopes are laid out as `pairwise_close` takes them.
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
     pairwise_close_sums(const T* query, Strides sq, const T* key, Strides sk, const T* position,
@@ -115,6 +116,9 @@ struct Cut {
     int rows, columns, channels;
 };
 
+// Rows that a thread reads before it works on them: too few warps fit to hide each row's wait.
+constexpr int ROWS = 4;
+
 // Where a block's sums along rows lie: those of queries `apart` behind those of keys.
 struct RowSums {
     float* first;  // of the thread's column, in row `begin`
@@ -135,17 +139,16 @@ struct Column {
     const float* constants;
     float repeated;
 
-    // A value of query or key at the start of a row and a column, centred.
-    __device__ float value(int which, const T* row, int column, float key0) const {
-        return widen(row[column]) - key0 - (which == 0 ? centre : 0);
+    __device__ float centred(int which, T value, float key0) const {
+        return widen(value) - key0 - (which == 0 ? centre : 0);
     }
 };
 
 // Sums up along rows what the windows around column x read of keys, and what reads it of queries; the
 // thread takes every `step`-th row from `first` on. Returns how many taps of a row read the column.
-template <int K, typename Column>
-__device__ inline float sum_rows(const Column& own, const RowSums& sums, int x, int width, int first,
-                                 int step) {
+template <int K, typename T, typename F, typename O>
+__device__ inline float sum_rows(const Column<T, F, O>& own, const RowSums& sums, int x, int width,
+                                 int first, int step) {
     constexpr int R = K / 2;
     const float key0 = widen(*own.planes[1]);
     float readers[K], all_readers = 0;
@@ -159,18 +162,30 @@ __device__ inline float sum_rows(const Column& own, const RowSums& sums, int x, 
             columns[s][j] = source<true>(x + j - R, width) * static_cast<int>(own.strides[s].w);
     }
 #pragma unroll 1
-    for (int y = sums.begin + first; y < sums.end; y += step) {
-        const auto* query_row = own.planes[0] + y * own.strides[0].h;
-        const auto* key_row = own.planes[1] + y * own.strides[1].h;
-        float key = 0, query = 0;
+    for (int y = sums.begin + first; y < sums.end; y += ROWS * step) {
+        T read[ROWS][2][K];
 #pragma unroll
-        for (int j = 0; j < K; ++j) {
-            key += own.value(1, key_row, columns[1][j], key0);
-            query += readers[j] * own.value(0, query_row, columns[0][j], key0);
+        for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+            for (int s = 0; s < 2; ++s) {
+                const T* row = own.planes[s] + min(y + r * step, sums.end - 1) * own.strides[s].h;
+                forget_origin(row);
+#pragma unroll
+                for (int j = 0; j < K; ++j) read[r][s][j] = row[columns[s][j]];
+            }
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+            if (y + r * step >= sums.end) break;
+            float key = 0, query = 0;
+#pragma unroll
+            for (int j = 0; j < K; ++j) {
+                key += own.centred(1, read[r][1][j], key0);
+                query += readers[j] * own.centred(0, read[r][0][j], key0);
+            }
+            float* const to = sums.first + (y + r * step - sums.begin) * sums.pitch;
+            to[0] = key;
+            to[sums.apart] = query;
         }
-        float* const to = sums.first + (y - sums.begin) * sums.pitch;
-        to[0] = key;
-        to[sums.apart] = query;
     }
     return all_readers;
 }
@@ -215,21 +230,35 @@ __device__ inline void close_column(const Column<T, F, O>& own, const RowSums& s
     O* const to_query = own.grads[0] + x * own.to_column[0];
     O* const to_key = own.grads[1] + x * own.to_column[1];
 #pragma unroll 1
-    for (int y = first; y < end; y += step) {
-        WindowSums found;
-        found.add(sums, y, height, Number<K>());
-        const auto value = [&](int which) {
-            const T* row = own.planes[which] + y * own.strides[which].h;
-            return own.value(which, row, x * static_cast<int>(own.strides[which].w), key0);
-        };
-        const int at = (y * width + x) * own.pitch;
-        const float count = found.readers * readers;
-        const float of_query = factor * (own.slopes[0][at] - K * K * constant -
-                                         linear * (K * K * value(0) - found.taps));
-        const float of_key = factor * (own.slopes[1][at] + count * constant +
-                                       linear * (found.windows - count * value(1)));
-        to_query[y * own.to_row[0]] = narrow<O>(of_query);
-        to_key[y * own.to_row[1]] = narrow<O>(of_key);
+    for (int y = first; y < end; y += ROWS * step) {
+        T values[ROWS][2];
+        F slopes[ROWS][2];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+            const int row = min(y + r * step, end - 1), at = (row * width + x) * own.pitch;
+#pragma unroll
+            for (int s = 0; s < 2; ++s) {
+                const int column = x * static_cast<int>(own.strides[s].w);
+                values[r][s] = own.planes[s][row * own.strides[s].h + column];
+                slopes[r][s] = own.slopes[s][at];
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+            const int row = y + r * step;
+            if (row >= end) break;
+            WindowSums found;
+            found.add(sums, row, height, Number<K>());
+            const float count = found.readers * readers;
+            const float query = own.centred(0, values[r][0], key0);
+            const float key = own.centred(1, values[r][1], key0);
+            const float of_query = factor * (slopes[r][0] - K * K * constant -
+                                             linear * (K * K * query - found.taps));
+            const float of_key = factor * (slopes[r][1] + count * constant +
+                                           linear * (found.windows - count * key));
+            to_query[row * own.to_row[0]] = narrow<O>(of_query);
+            to_key[row * own.to_row[1]] = narrow<O>(of_key);
+        }
     }
 }
 
@@ -247,7 +276,8 @@ __global__ void __launch_bounds__(THREADS)
     unsigned rest = blockIdx.x;
     const int top = cut.down.divide(rest) * cut.rows, left = cut.across.divide(rest) * cut.columns;
     const int first_channel = cut.pieces.divide(rest) * cut.channels;
-    const long long n = rest, plane = height * width;
+    // Positions first: see Image.
+    const long long n = images - static_cast<int>(rest), plane = height * width;
     const bool positions = n == images;
     const int pitch = cut.channels * cut.columns, thread = threadIdx.x % pitch;
     const int c = first_channel + thread % cut.channels, x = left + thread / cut.channels;

@@ -1,9 +1,10 @@
 // What pairwise attention computes of planes: the statistics of the first normalisation, the folded
 // planes, and the gradients of query, key and position. See pairwise.cuh.
 //
-// Windows are summed column by column: a thread walks down a column of one channel and keeps what the
-// last K rows of taps add up to. The last image stands for the positions, of which there is only one;
-// its channels come last. Blocks go over (image or positions, part of the columns).
+// A thread walks down columns of one channel. The last image stands for the positions, of which there is
+// only one; its channels come last. Blocks go over (image, part of the columns), from the last image to
+// the first: few threads have to do with the positions, but each as long as any other one, and after all
+// others they would have the GPU to themselves.
 #pragma once
 
 #include "pairwise.cuh"
@@ -25,10 +26,10 @@ struct Image {
     bool positions;
     int number, part;
     int channels, channel;  // of the image; the thread's own one
-    int first, step;        // columns that the thread takes
+    int first, step;        // columns, or parts of them, that the thread takes
 
     __device__ Image(const Sources<T>& sources, int images, int relation, int parts) {
-        number = blockIdx.x / parts;
+        number = images - static_cast<int>(blockIdx.x) / parts;
         part = blockIdx.x % parts;
         positions = number == images;
         channels = positions ? 2 : relation;

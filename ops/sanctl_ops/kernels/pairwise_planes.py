@@ -26,6 +26,9 @@ CLOSE = "pairwise_close.cu"
 # As in pairwise_planes.cuh and pairwise_fold.cu: threads of a block, and doubles of struct Moments.
 THREADS = 256
 MOMENTS = 5
+# Of a thread that sums up moments: its columns, as in pairwise_fold.cu, and its rows, at most.
+MOMENT_COLUMNS = 4
+BAND = 32
 # Pixels that a thread folds.
 FOLDED_PIXELS = 8
 # Pixels of a block that sums up over images.
@@ -40,9 +43,9 @@ CLOSE_CHANNELS = 32
 CLOSE_BYTES = 52 * 1024
 
 
-def _parts(layout: Layout) -> int:
-    """Return the blocks that share the columns of an image."""
-    return -(-layout.width // (THREADS // layout.relation))
+def _parts(layout: Layout, items: int) -> int:
+    """Return the blocks that share what is to be done for each channel of an image."""
+    return -(-items // (THREADS // layout.relation))
 
 
 def fold(
@@ -55,7 +58,9 @@ def fold(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the folded planes, their affine tail, and the mean and variance that they go by."""
-    device, parts, relation = planes.query.device, _parts(layout), layout.relation
+    device, relation = planes.query.device, layout.relation
+    bands = -(-layout.height // BAND)
+    parts = _parts(layout, -(-layout.width // MOMENT_COLUMNS) * bands)
     moments = torch.empty(
         ((layout.images * relation + 2) * parts, MOMENTS), dtype=torch.float64, device=device
     )
@@ -65,7 +70,7 @@ def fold(
         device,
         (layout.images + 1) * parts,
         THREADS,
-        (*planes.arguments, moments, *sizes, layout.height, layout.width, parts),
+        (*planes.arguments, moments, *sizes, layout.height, layout.width, bands, parts),
         THREADS * 3 * 8,
     )
     running = mean is not None and variance is not None
@@ -73,6 +78,7 @@ def fold(
     if mean is not None and variance is not None:
         statistics = [x.to(torch.float32, copy=True) for x in (mean, variance)]
     constants = torch.empty(relation + 2, 2, device=device)
+    centres = torch.empty(layout.images, relation, device=device)
     affine = torch.empty(2 * TAIL, dtype=torch.float16, device=device)
     launch(
         kernel(FOLD, "pairwise_join_moments", layout.rel, running),
@@ -81,8 +87,8 @@ def fold(
         THREADS,
         (
             *(moments, wide(weight), wide(bias)),
-            *(statistics[0], statistics[1], constants, affine, float(eps), float(layout.terms)),
-            *(*sizes, parts),
+            *(statistics[0], statistics[1], constants, centres, affine),
+            *(float(eps), float(layout.terms), layout.plane, *sizes, parts),
         ),
         THREADS * 2 * 8,
     )
@@ -96,8 +102,8 @@ def fold(
         layout.images * shares,
         THREADS,
         (
-            *(*planes.arguments, moments, constants, folded[0], folded[1]),
-            *(divisor_argument(layout.width), layout.plane, relation, parts, shares, int(rows)),
+            *(*planes.arguments, constants, centres, folded[0], folded[1]),
+            *(divisor_argument(layout.width), layout.plane, relation, shares, int(rows)),
         ),
     )
     return folded, affine, statistics[0], statistics[1]
@@ -191,7 +197,8 @@ def close(
     """
     assert norm.mean is not None
     assert norm.variance is not None
-    device, parts, relation = planes.query.device, _parts(layout), layout.relation
+    device, relation = planes.query.device, layout.relation
+    parts = _parts(layout, layout.width)
     mean, variance = wide(norm.mean), wide(norm.variance)
     slopes = (*sums, *_position_sums(sums, layout))
     totals = torch.empty(
