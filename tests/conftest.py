@@ -1,5 +1,6 @@
 """A tiny dataset and a user's folder for the tests that train, and what no test leaves behind."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from tiny_run import Place, write_dataset
 # How long an example takes is the machine's affair.
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
+# A shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

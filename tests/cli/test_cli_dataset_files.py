@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from process_session import python
 
 from sanctl.cli.main import main
 from sanctl.data.index import index_folder, load_index, save_index
@@ -324,20 +324,14 @@ def test_ctrl_c_while_packing() -> None:
             path.unlink()
             path.hardlink_to("png/a/000.png")
     before = names()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sanctl", "dataset", "pack", "--workers", "2"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    while len(children(process.pid)) < 2 and process.poll() is None:
-        time.sleep(0.02)
-    time.sleep(0.3)
-    workers = children(process.pid)
-    assert len(workers) >= 2
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    with python("-m", "sanctl", "dataset", "pack", "--workers", "2") as process:
+        while len(children(process.pid)) < 2 and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(0.3)
+        workers = children(process.pid)
+        assert len(workers) >= 2
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
     said = [line for line in err.splitlines() if not line.startswith("pack train_init.pt")]
     assert len(said) == 1

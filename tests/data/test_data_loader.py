@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from process_session import python
 
 from sanctl.config.schema import DataConfig
 from sanctl.data.decode import decode_image
@@ -266,24 +267,18 @@ except KeyboardInterrupt:
 
 
 def test_ctrl_c_reaches_the_main_process_alone(folder: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    os.killpg(process.pid, signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
-    assert output.endswith("stopped\n")
-    assert errors == ""
-    assert process.returncode == 0
-    deadline = time.monotonic() + 20
-    while group_lives(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not group_lives(process.pid)
+    with python("-c", INTERRUPTED, str(folder)) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+        assert output.endswith("stopped\n")
+        assert errors == ""
+        assert process.returncode == 0
+        deadline = time.monotonic() + 20
+        while group_lives(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not group_lives(process.pid)
 
 
 def test_ctrl_c_while_workers_start_is_not_lost(folder: Path) -> None:

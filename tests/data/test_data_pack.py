@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from file_trees import PNG, encode, photo, write_classes, write_tree
+from process_session import python
 
 from sanctl.data.decode import ImageError
 from sanctl.data.index import ImageIndex, index_folder
@@ -238,17 +239,11 @@ try:
 except KeyboardInterrupt:
     sys.exit(130)
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("some images")
-    os.killpg(process.pid, how)  # as a terminal does: to all processes of the command
-    _, said = process.communicate(timeout=60)
+    with python("-c", code, str(tmp_path)) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("some images")
+        os.killpg(process.pid, how)  # as a terminal does: to all processes of the command
+        _, said = process.communicate(timeout=60)
     assert process.returncode == (130 if how == signal.SIGINT else -how)
     assert said == ""
     assert out.read_bytes() == b"the previous one"
