@@ -145,18 +145,17 @@ struct Column {
 };
 
 // Sums up along rows what the windows around column x read of keys, and what reads it of queries; the
-// thread takes every `step`-th row from `first` on. Returns how many taps of a row read the column.
+// thread takes every `step`-th row from `first` on.
 template <int K, typename T, typename F, typename O>
-__device__ inline float sum_rows(const Column<T, F, O>& own, const RowSums& sums, int x, int width,
-                                 int first, int step) {
+__device__ inline void sum_rows(const Column<T, F, O>& own, const RowSums& sums, int x, int width,
+                                int first, int step) {
     constexpr int R = K / 2;
     const float key0 = widen(*own.planes[1]);
-    float readers[K], all_readers = 0;
+    float readers[K];
     int columns[2][K];
 #pragma unroll
     for (int j = 0; j < K; ++j) {
         readers[j] = readings(x + j - R, x, width, R);
-        all_readers += readers[j];
 #pragma unroll
         for (int s = 0; s < 2; ++s)
             columns[s][j] = source<true>(x + j - R, width) * static_cast<int>(own.strides[s].w);
@@ -187,13 +186,12 @@ __device__ inline float sum_rows(const Column<T, F, O>& own, const RowSums& sums
             to[sums.apart] = query;
         }
     }
-    return all_readers;
 }
 
 // What the window around a pixel sums up of keys, what those that read it sum up of queries, and how
 // many taps of a column read its row.
 struct WindowSums {
-    float taps = 0, windows = 0, readers = 0;
+    float taps = 0, windows = 0, readers;
 
     template <int K>
     __device__ void add(const RowSums& sums, int y, int height, Number<K>) {
@@ -201,32 +199,32 @@ struct WindowSums {
         // Far from the borders every row of a window reads this one once.
         const bool inside = y > R && y < height - 1 - R;
         const float* row = sums.first + (y - R - sums.begin) * sums.pitch;
-        if (inside)
+        if (inside) {
+            readers = K;
 #pragma unroll
             for (int i = 0; i < K; ++i, row += sums.pitch) {
                 taps += row[0];
                 windows += row[sums.apart];
             }
-        else
+        } else {
+            readers = ::readers<K>(y, height);
 #pragma unroll 1
             for (int i = 0; i < K; ++i) {
-                const float reader = readings(y + i - R, y, height, R);
                 row = sums.first + (source<true>(y + i - R, height) - sums.begin) * sums.pitch;
                 taps += row[0];
-                windows += reader * row[sums.apart];
-                readers += reader;
+                windows += readings(y + i - R, y, height, R) * row[sums.apart];
             }
-        if (inside) readers = K;
+        }
     }
 };
 
 // Writes the gradients of query and key in column x, every `step`-th row from `first` to `end`.
 template <int K, typename T, typename F, typename O>
-__device__ inline void close_column(const Column<T, F, O>& own, const RowSums& sums, int x,
-                                    float readers, int first, int end, int step, int height,
-                                    int width) {
+__device__ inline void close_column(const Column<T, F, O>& own, const RowSums& sums, int x, int first,
+                                    int end, int step, int height, int width) {
     const float key0 = widen(*own.planes[1]), factor = own.constants[0];
     const float constant = own.constants[1] * own.repeated, linear = own.constants[2] * own.repeated;
+    const float column_readers = readers<K>(x, width);
     O* const to_query = own.grads[0] + x * own.to_column[0];
     O* const to_key = own.grads[1] + x * own.to_column[1];
 #pragma unroll 1
@@ -249,7 +247,7 @@ __device__ inline void close_column(const Column<T, F, O>& own, const RowSums& s
             if (row >= end) break;
             WindowSums found;
             found.add(sums, row, height, Number<K>());
-            const float count = found.readers * readers;
+            const float count = found.readers * column_readers;
             const float query = own.centred(0, values[r][0], key0);
             const float key = own.centred(1, values[r][1], key0);
             const float of_query = factor * (slopes[r][0] - K * K * constant -
@@ -287,11 +285,11 @@ __global__ void __launch_bounds__(THREADS)
     const RowSums sums = {reinterpret_cast<float*>(shared) + thread, begin, end, pitch,
                           (end - begin) * pitch};
     const auto close = [&](const auto& column) {
-        const float readers = idle ? 0 : sum_rows<K>(column, sums, x, width, first, step);
+        if (!idle) sum_rows<K>(column, sums, x, width, first, step);
         __syncthreads();
         if (!idle)
-            close_column<K>(column, sums, x, readers, top + first, min(top + cut.rows, height), step,
-                            height, width);
+            close_column<K>(column, sums, x, top + first, min(top + cut.rows, height), step, height,
+                            width);
     };
     const int channel = idle ? 0 : c;
     if (positions) {

@@ -7,30 +7,23 @@ struct Moments {
     double sum, square, offset, first_key, key;
 };
 
-// Neighbouring columns whose windows one thread sums up: it reads COLUMNS + K - 1 of them.
+// Neighbouring columns whose windows one thread sums up, and columns that it reads for that.
 constexpr int COLUMNS = 4;
-
-// How many windows read pixel x of a line; those at its ends do so by reflection, too.
 template <int K>
-__device__ inline int readers(int x, int length) {
-    constexpr int R = K / 2;
-    const int back = length - 1 - x;
-    return min(back, R) + min(x, R) + 1 + (x > 0 ? max(R + 1 - x, 0) : 0) +
-           (back > 0 ? max(R + 1 - back, 0) : 0);
-}
+constexpr int READ = COLUMNS + K - 1;
 
 // A row of a thread's columns: what their windows read of the keys, and the queries. Columns beyond the
 // width repeat the last one and count for nothing.
 template <typename T, int K>
 struct Row {
-    static constexpr int R = K / 2, READ = COLUMNS + K - 1;
-    int key_columns[READ], query_columns[COLUMNS];
+    static constexpr int R = K / 2;
+    int key_columns[READ<K>], query_columns[COLUMNS];
     float own[COLUMNS], readers[COLUMNS];  // 1 or 0; how many windows read the column
-    T keys[READ], queries[COLUMNS];
+    T keys[READ<K>], queries[COLUMNS];
 
     __device__ Row(const Image<T>& image, int left, int width) {
 #pragma unroll
-        for (int j = 0; j < READ; ++j)
+        for (int j = 0; j < READ<K>; ++j)
             key_columns[j] = image.column(1, source<true>(min(left + j - R, width - 1 + R), width));
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c) {
@@ -47,7 +40,7 @@ struct Row {
         forget_origin(key_row);
         forget_origin(query_row);
 #pragma unroll
-        for (int j = 0; j < READ; ++j) keys[j] = key_row[key_columns[j]];
+        for (int j = 0; j < READ<K>; ++j) keys[j] = key_row[key_columns[j]];
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c) queries[c] = query_row[query_columns[c]];
     }
@@ -59,7 +52,7 @@ template <int K>
 struct Windows {
     float from_first[COLUMNS] = {}, to_last[COLUMNS][K + 1] = {};
 
-    __device__ void add_row(int i, const float (&values)[COLUMNS + K - 1]) {
+    __device__ void add_row(int i, const float (&values)[READ<K>]) {
         float sum = 0;
 #pragma unroll
         for (int j = 0; j < K; ++j) sum += values[j];
@@ -110,9 +103,9 @@ __global__ void __launch_bounds__(THREADS, 2)
             for (int i = 0; i < K; ++i) {
                 const int y = begin + i;
                 if (y >= bottom + R) break;
-                float values[COLUMNS + K - 1], centres[COLUMNS];
+                float values[READ<K>], centres[COLUMNS];
 #pragma unroll
-                for (int j = 0; j < COLUMNS + K - 1; ++j) values[j] = widen(row.keys[j]) - key0;
+                for (int j = 0; j < READ<K>; ++j) values[j] = widen(row.keys[j]) - key0;
 #pragma unroll
                 for (int c = 0; c < COLUMNS; ++c)
                     centres[c] = row.own[c] * (widen(row.queries[c]) - query0);

@@ -58,6 +58,15 @@ struct Image {
     __device__ int before(int relation) const { return number * relation; }
 };
 
+// How many windows read pixel x of a line; those at its ends do so by reflection, too.
+template <int K>
+__device__ inline int readers(int x, int length) {
+    constexpr int R = K / 2;
+    const int back = length - 1 - x;
+    return min(back, R) + min(x, R) + 1 + (x > 0 ? max(R + 1 - x, 0) : 0) +
+           (back > 0 ? max(R + 1 - back, 0) : 0);
+}
+
 // Adds up a double of every thread that has the same channel, in a fixed order.
 template <int N>
 __device__ inline void sum_of_channel(double (&values)[N], double* shared, int channels) {
