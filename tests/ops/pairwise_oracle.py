@@ -1,7 +1,7 @@
 """Pairwise attention by its definition, in torch's built-ins, and inputs to hold it against."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -136,6 +136,19 @@ def fused(inputs: Inputs) -> Attention:
     return pairwise_attention(*inputs.fields())
 
 
+def unfold(x: Tensor, size: int) -> Tensor:
+    """What the windows read of (N, C, H, W), reflected: (N, C, K * K, H * W)."""
+    padded = F.pad(x, [size // 2] * 4, mode="reflect") if size > 1 else x
+    return F.unfold(padded, size).unflatten(1, (-1, size * size))
+
+
+def relation(inputs: Inputs) -> Tensor:
+    """Queries less the keys of their windows, then positions: (N, rel + 2, K * K, H * W)."""
+    position = inputs.position.expand(inputs.query.shape[0], -1, -1, -1)
+    centres = torch.cat((inputs.query, position), 1).flatten(2)[:, :, None]
+    return centres - unfold(torch.cat((inputs.key, position), 1), inputs.kernel_size)
+
+
 def unfused(inputs: Inputs, kept: torch.dtype | None = None) -> Tensor:
     """Compute the output by the definition.
 
@@ -143,14 +156,9 @@ def unfused(inputs: Inputs, kept: torch.dtype | None = None) -> Tensor:
     the softmax compute as wide as the parameters are.
     """
     wide = inputs.weight1.dtype
-    size, (height, width) = inputs.kernel_size, inputs.query.shape[2:]
 
     def rounded(x: Tensor) -> Tensor:
         return x if kept is None else x.to(kept).to(wide)
-
-    def unfold(x: Tensor) -> Tensor:
-        padded = F.pad(x, [size // 2] * 4, mode="reflect") if size > 1 else x
-        return F.unfold(padded, size).view(*x.shape[:2], size * size, height * width)
 
     def layer(x: Tensor, norm: Norm, weight: Tensor) -> Tensor:
         by_batch = norm.mean is None
@@ -158,17 +166,14 @@ def unfused(inputs: Inputs, kept: torch.dtype | None = None) -> Tensor:
         x = rounded(F.relu(rounded(x)))
         return rounded(torch.einsum("oc,ncjp->nojp", rounded(weight), x))
 
-    query, key, value, position = (
-        x.to(wide) for x in (inputs.query, inputs.key, inputs.value, inputs.position)
-    )
-    position = position.expand(query.shape[0], -1, -1, -1)
-    centres = torch.cat((query, position), 1).flatten(2)[:, :, None]
-    relation = rounded(centres - unfold(torch.cat((key, position), 1)))
-    hidden = layer(relation, inputs.norm1, inputs.weight1)
+    value = inputs.value.to(wide)
+    query, key, position = (x.to(wide) for x in (inputs.query, inputs.key, inputs.position))
+    related = rounded(relation(replace(inputs, query=query, key=key, position=position)))
+    hidden = layer(related, inputs.norm1, inputs.weight1)
     logits = layer(hidden, inputs.norm2, inputs.weight2)
     logits = rounded(logits + rounded(inputs.bias2)[:, None, None])
     weights = rounded(logits.softmax(2))
-    taps = unfold(value).unflatten(1, (-1, weights.shape[1]))
+    taps = unfold(value, inputs.kernel_size).unflatten(1, (-1, weights.shape[1]))
     return rounded((weights[:, None] * taps).sum(3).reshape(value.shape))
 
 

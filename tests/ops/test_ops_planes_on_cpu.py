@@ -5,11 +5,11 @@ columns, the last ones not whole.
 """
 
 import shutil
-from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pairwise_oracle import EPS, Inputs, PairwiseCase, draw, relation, unfold
 from torch import Tensor
 
 from sanctl_ops.attention import Norm
@@ -22,111 +22,83 @@ pytestmark = [
     pytest.mark.usefixtures("_kernels_on_cpu"),
 ]
 
-EPS = 1e-5
-IMAGES = 2
 CASES = [
-    (torch.float32, 16, 7, (70, 9)),
-    (torch.bfloat16, 16, 7, (4, 21)),
-    (torch.float32, 4, 3, (33, 70)),
-    (torch.float16, 12, 5, (40, 3)),
-    (torch.float32, 128, 3, (5, 11)),
+    (torch.float32, PairwiseCase("bands", 16, 8, 70, 9, 7, layout="channels_last")),
+    (torch.bfloat16, PairwiseCase("smallest", 16, 8, 4, 21, 7, layout="channels_last")),
+    (torch.float32, PairwiseCase("blocks", 4, 2, 33, 70, 3, layout="channels_last")),
+    (torch.float16, PairwiseCase("padded", 12, 8, 40, 3, 5, layout="channels_last")),
+    (torch.float32, PairwiseCase("wide", 128, 64, 5, 11, 3, layout="channels_last")),
 ]
+each_case = pytest.mark.parametrize(("dtype", "case"), CASES, ids=[c.name for _, c in CASES])
 
 
-def relation(query: Tensor, key: Tensor, position: Tensor, size: int) -> Tensor:
-    """Queries less the keys of their windows, (N, channels + 2, K * K, H * W)."""
-    position = position.expand(IMAGES, -1, -1, -1)
-    centres, read = torch.cat((query, position), 1), torch.cat((key, position), 1)
-    taps = F.unfold(F.pad(read, [size // 2] * 4, mode="reflect"), size)
-    return centres.flatten(2)[:, :, None] - taps.unflatten(1, (-1, size * size))
+def draw_planes(dtype: torch.dtype, case: PairwiseCase) -> tuple[Inputs, Inputs, Layout]:
+    """Planes away from zero with parameters in float32, the same in float64, and their layout."""
+    inputs = draw(case, lambda query, key: (query + 3, key - 2)).converted(
+        "cpu", dtype, torch.float32
+    )
+    sides = case.height, case.width
+    layout = Layout(case.batch, *sides, case.rel, case.shared, case.channels, case.kernel_size)
+    return inputs, inputs.converted("cpu", torch.float64, torch.float64), layout
 
 
-@dataclass
-class Drawn:
-    """Planes, the first normalisation's parameters, and all of it in float64."""
-
-    planes: Planes
-    layout: Layout
-    weight: Tensor
-    bias: Tensor
-    exact: list[Tensor]
-    size: int
-
-    @property
-    def relation(self) -> Tensor:
-        query, key, position = self.exact
-        return relation(query, key, position, self.size)
-
-
-def draw(dtype: torch.dtype, channels: int, size: int, sides: tuple[int, int]) -> Drawn:
-    torch.manual_seed(0)
-    shapes = [(IMAGES, *sides, channels)] * 2 + [(1, *sides, 2)]
-    drawn = [
-        (torch.randn(shape) * scale + offset).to(dtype).movedim(-1, 1)
-        for shape, scale, offset in zip(shapes, (1, 0.7, 0.5), (3, -2, 0), strict=True)
-    ]
-    weight, bias = torch.randn(2, channels + 2)
-    layout = Layout(IMAGES, *sides, channels, 8, 64, size)
-    exact = [x.double().requires_grad_() for x in drawn]
-    return Drawn(Planes(*drawn), layout, weight, bias, exact, size)
+def planes_of(inputs: Inputs) -> Planes:
+    return Planes(inputs.query.detach(), inputs.key.detach(), inputs.position.detach())
 
 
 def in_layout(slopes: Tensor, layout: Layout) -> Tensor:
     """Slopes (N, channels + 2, H, W) as the kernels lay them out, filled up with NaN."""
-    laid_out = torch.full((IMAGES, layout.plane, layout.size), torch.nan)
+    laid_out = torch.full((layout.images, layout.plane, layout.size), torch.nan)
     pixels, positions = slopes.flatten(2).movedim(1, 2), layout.rel or layout.relation
     laid_out[..., : layout.relation] = pixels[..., :-2]
     laid_out[..., positions : positions + 2] = pixels[..., -2:]
     return laid_out
 
 
-@pytest.mark.parametrize(("dtype", "channels", "size", "sides"), CASES)
-def test_planes_are_folded(
-    dtype: torch.dtype, channels: int, size: int, sides: tuple[int, int]
-) -> None:
-    x = draw(dtype, channels, size, sides)
+@each_case
+def test_planes_are_folded(dtype: torch.dtype, case: PairwiseCase) -> None:
+    inputs, exact, layout = draw_planes(dtype, case)
+    scale, bias = inputs.norm1.weight.detach(), inputs.norm1.bias.detach()
     folded, affine, mean, variance = pairwise_planes.fold(
-        x.planes, x.layout, x.weight, x.bias, None, None, EPS
+        planes_of(inputs), layout, scale, bias, None, None, EPS
     )
-    exact = x.relation.detach()
-    torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
+    related = relation(exact).detach()
+    torch.testing.assert_close(mean.double(), related.mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
-        variance.double(), exact.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-5
+        variance.double(), related.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-5
     )
-    normalised = F.batch_norm(exact, None, None, x.weight.double(), x.bias.double(), True, 0, EPS)
-    query, key = folded.double().unflatten(1, (IMAGES, x.layout.plane)).movedim(-1, 2)
-    taps = F.pad(key.unflatten(2, sides), [size // 2] * 4, mode="reflect")
-    found = query[:, :, None] - F.unfold(taps, size).unflatten(1, (-1, size * size))
+    normalised = F.batch_norm(related, None, None, scale.double(), bias.double(), True, 0, EPS)
+    query, key = folded.double().unflatten(1, (case.batch, layout.plane)).movedim(-1, 2)
+    taps = unfold(key.unflatten(2, (case.height, case.width)), case.kernel_size)
+    found = query[:, :, None] - taps
     # The tail's factors and summands are for what the planes lack.
-    base = x.layout.rel or channels
-    tail = affine.double().unflatten(0, (2, -1))[:, base - x.layout.rel :][:, :2, None, None]
+    base = layout.rel or case.rel
+    tail = affine.double().unflatten(0, (2, -1))[:, base - layout.rel :][:, :2, None, None]
     positions = tail[0] * found[:, base : base + 2] + tail[1]
     bound = 4e-3 * normalised.abs().max()
-    assert (found[:, :channels] - normalised[:, :channels]).abs().max() < bound
-    assert (positions - normalised[:, channels:]).abs().max() < bound
+    assert (found[:, : case.rel] - normalised[:, : case.rel]).abs().max() < bound
+    assert (positions - normalised[:, case.rel :]).abs().max() < bound
     assert not found[:, base + 2 :].any()
 
 
 @pytest.mark.parametrize("by_batch", [True, False])
-@pytest.mark.parametrize(("dtype", "channels", "size", "sides"), CASES)
-def test_planes_are_closed(
-    dtype: torch.dtype, channels: int, size: int, sides: tuple[int, int], by_batch: bool
-) -> None:
-    x = draw(dtype, channels, size, sides)
-    exact = x.relation
-    mean, variance = exact.mean((0, 2, 3)).detach(), exact.var((0, 2, 3), correction=0).detach()
-    weight, bias = (p.double().requires_grad_() for p in (x.weight, x.bias))
+@each_case
+def test_planes_are_closed(dtype: torch.dtype, case: PairwiseCase, by_batch: bool) -> None:
+    inputs, exact, layout = draw_planes(dtype, case)
+    related, norm = relation(exact), exact.norm1
+    mean, variance = related.mean((0, 2, 3)).detach(), related.var((0, 2, 3), correction=0).detach()
     fixed = (None, None) if by_batch else (mean, variance)
-    normalised = F.batch_norm(exact, fixed[0], fixed[1], weight, bias, by_batch, 0, EPS)
+    normalised = F.batch_norm(related, fixed[0], fixed[1], norm.weight, norm.bias, by_batch, 0, EPS)
     slopes = torch.randn_like(normalised)
-    expected = torch.autograd.grad(normalised, [*x.exact, weight, bias], slopes)
-    of_queries = slopes.sum(2).unflatten(2, sides)
-    nothing = torch.zeros(IMAGES, channels + 2, *sides, dtype=torch.float64, requires_grad=True)
-    taps = F.unfold(F.pad(nothing, [size // 2] * 4, mode="reflect"), size)
-    (of_keys,) = torch.autograd.grad(taps.unflatten(1, (-1, size * size)), nothing, -slopes)
-    sums = in_layout(of_queries, x.layout), in_layout(of_keys, x.layout)
-    norm = Norm(x.weight, x.bias, mean.float(), variance.float(), EPS)
-    closed = pairwise_planes.close(x.planes, x.layout, sums, norm, by_batch)
+    leaves = [exact.query, exact.key, exact.position, norm.weight, norm.bias]
+    expected = torch.autograd.grad(normalised, leaves, slopes)
+    of_queries = slopes.sum(2).unflatten(2, (case.height, case.width))
+    read = torch.zeros_like(of_queries, requires_grad=True)
+    (of_keys,) = torch.autograd.grad(unfold(read, case.kernel_size), read, -slopes)
+    sums = in_layout(of_queries, layout), in_layout(of_keys, layout)
+    parameters = inputs.norm1.weight.detach(), inputs.norm1.bias.detach()
+    given = Norm(*parameters, mean.float(), variance.float(), EPS)
+    closed = pairwise_planes.close(planes_of(inputs), layout, sums, given, by_batch)
     found = (closed.query, closed.key, closed.position, closed.weight, closed.bias)
     for actual, truth in zip(found, expected, strict=True):
         rounding = torch.finfo(actual.dtype).eps
