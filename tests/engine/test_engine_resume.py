@@ -4,13 +4,14 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from interrupted import LAST, assert_same_end, go_on, interrupt, train
+from process_session import python
 from tiny_run import FilesOnly, Place, environment
 
 from sanctl.engine.checkpoint import Checkpoint, load_checkpoint
@@ -108,17 +109,9 @@ def test_a_second_ctrl_c_stops_at_once(place: Place) -> None:
     assert {path: path.read_bytes() for path in place.model.iterdir()} == before
 
 
-def start(place: Place, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "sanctl", "train", "shapes", "tiny", "--no-test", *arguments]
-    return subprocess.Popen(
-        command,
-        cwd=place.folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # so that a test can end it together with its workers
-    )
+def start(place: Place, *arguments: str) -> AbstractContextManager[subprocess.Popen[str]]:
+    command = "-m", "sanctl", "train", "shapes", "tiny", "--no-test", *arguments
+    return python(*command, folder=place.folder, variables=environment())
 
 
 def wait_for_line(process: subprocess.Popen[str], beginning: str) -> None:
@@ -142,10 +135,10 @@ def test_a_killed_run_goes_on_bit_for_bit(place: Place, monkeypatch: pytest.Monk
     monkeypatch.chdir(place.folder)
     keys = (*LONG, "TRAIN.ema_decay=0.7")
     train(place, *keys)
-    process = start(place, *options(keys))
-    wait_for_line(process, "train epoch=2 epochs=3 step=5 ")
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    with start(place, *options(keys)) as process:
+        wait_for_line(process, "train epoch=2 epochs=3 step=5 ")
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
     assert (place.model / "train_epoch_1.pth").exists()
     assert not (place.model / LAST).exists()
     go_on(place, *keys)
@@ -153,10 +146,10 @@ def test_a_killed_run_goes_on_bit_for_bit(place: Place, monkeypatch: pytest.Monk
 
 
 def test_ctrl_c_on_a_real_process(place: Place) -> None:
-    process = start(place, *options(LONG))
-    wait_for_line(process, "train epoch=2 epochs=3 step=3 ")
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
-    _, err = process.communicate(timeout=60)
+    with start(place, *options(LONG)) as process:
+        wait_for_line(process, "train epoch=2 epochs=3 step=3 ")
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     (line,) = err.splitlines()
     assert re.match(r"interrupted after epoch [23], step \d+; saved ", line)
@@ -173,12 +166,12 @@ def test_ctrl_c_on_a_real_process(place: Place) -> None:
 
 
 def test_two_ctrl_c_on_a_real_process(place: Place) -> None:
-    process = start(place, *options(LONG))
-    wait_for_line(process, "train epoch=1 epochs=3 step=2 ")
-    for _ in range(2):
-        os.killpg(process.pid, signal.SIGINT)
-        time.sleep(0.002)
-    _, err = process.communicate(timeout=60)
+    with start(place, *options(LONG)) as process:
+        wait_for_line(process, "train epoch=1 epochs=3 step=2 ")
+        for _ in range(2):
+            os.killpg(process.pid, signal.SIGINT)
+            time.sleep(0.002)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     (line,) = err.splitlines()
     assert line.startswith("interrupted ")

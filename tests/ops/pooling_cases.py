@@ -3,14 +3,19 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import laid_out, moved
+from op_cases import DEVICES, LAYOUTS, laid_out, moved
 from torch import Tensor
 
 from sanctl_ops import Norm, conv_norm_pool, norm_pool
 
 EPS = 1e-5
+each_operator = pytest.mark.parametrize("image_channels", [None, 3], ids=["norm", "conv"])
+each_device = pytest.mark.parametrize("device", DEVICES)
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+each_mode = pytest.mark.parametrize("running", [False, True], ids=["training", "running"])
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,11 @@ def fused(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     if inputs.weight is None:
         return norm_pool(inputs.x, inputs.norm)
     return conv_norm_pool(inputs.x, inputs.weight, inputs.norm)
+
+
+def output(inputs: Inputs) -> Tensor:
+    """Return the operator's output."""
+    return fused(inputs)[0]
 
 
 def composed(inputs: Inputs) -> Tensor:
