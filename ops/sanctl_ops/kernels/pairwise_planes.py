@@ -48,6 +48,25 @@ def _parts(layout: Layout, items: int) -> int:
     return -(-items // (THREADS // layout.relation))
 
 
+def _moments(planes: Planes, layout: Layout) -> tuple[Tensor, int]:
+    """Return sums over the relation by image, channel and part of an image, and how many parts."""
+    device, sizes = planes.query.device, (layout.images, layout.relation)
+    bands = -(-layout.height // BAND)
+    parts = _parts(layout, -(-layout.width // MOMENT_COLUMNS) * bands)
+    moments = torch.empty(
+        ((layout.images * layout.relation + 2) * parts, MOMENTS), dtype=torch.float64, device=device
+    )
+    launch(
+        kernel(FOLD, "pairwise_moments", planes.query.dtype, layout.kernel_size),
+        device,
+        (layout.images + 1) * parts,
+        THREADS,
+        (*planes.arguments, moments, *sizes, layout.height, layout.width, bands, parts),
+        THREADS * 3 * 8,
+    )
+    return moments, parts
+
+
 def fold(
     planes: Planes,
     layout: Layout,
@@ -59,20 +78,7 @@ def fold(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the folded planes, their affine tail, and the mean and variance that they go by."""
     device, relation = planes.query.device, layout.relation
-    bands = -(-layout.height // BAND)
-    parts = _parts(layout, -(-layout.width // MOMENT_COLUMNS) * bands)
-    moments = torch.empty(
-        ((layout.images * relation + 2) * parts, MOMENTS), dtype=torch.float64, device=device
-    )
-    sizes = (layout.images, relation)
-    launch(
-        kernel(FOLD, "pairwise_moments", planes.query.dtype, layout.kernel_size),
-        device,
-        (layout.images + 1) * parts,
-        THREADS,
-        (*planes.arguments, moments, *sizes, layout.height, layout.width, bands, parts),
-        THREADS * 3 * 8,
-    )
+    moments, parts = _moments(planes, layout)
     running = mean is not None and variance is not None
     statistics = [torch.empty(relation + 2, device=device) for _ in range(2)]
     if mean is not None and variance is not None:
@@ -88,7 +94,7 @@ def fold(
         (
             *(moments, wide(weight), wide(bias)),
             *(statistics[0], statistics[1], constants, centres, affine),
-            *(float(eps), float(layout.terms), layout.plane, *sizes, parts),
+            *(float(eps), float(layout.terms), layout.plane, layout.images, relation, parts),
         ),
         THREADS * 2 * 8,
     )
