@@ -25,15 +25,20 @@ def compile_network(
     """
     recorded = cuda_graphs and next(network.parameters()).is_cuda
     options: dict[str, Any] | None = {"triton.cudagraphs": True} if recorded else None
-    compiled = cast("nn.Module", torch.compile(network, dynamic=False, options=options))
+
+    # What is compiled of a module is kept for all of its class. A replica would share it with the
+    # network that it trains, and be in one piece instead of one for each bucket of gradients.
+    @torch.compile(dynamic=False, options=options)
+    def compiled(images: Tensor) -> Tensor:
+        return cast("Tensor", network(images))
 
     def forward(images: Tensor) -> Tensor:
         if len(images) not in counts:
             return cast("Tensor", network(images))
         if not recorded:
-            return cast("Tensor", compiled(images))
+            return compiled(images)
         torch.compiler.cudagraph_mark_step_begin()
         # The next pass overwrites the logits, which callers may keep.
-        return cast("Tensor", compiled(images)).clone()
+        return compiled(images).clone()
 
     return forward

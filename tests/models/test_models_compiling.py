@@ -1,4 +1,4 @@
-"""Compiled networks: batches of another number of images, and CUDA graphs."""
+"""Compiled networks: batches of another number of images, replicas, and CUDA graphs."""
 
 import copy
 import functools
@@ -65,16 +65,37 @@ def trained(
 
 
 @pytest.fixture
-def only_process(tmp_path: Path) -> Iterator[None]:
-    """This process is a group of its own."""
+def only_process(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[None]:
+    """This process is a group of its own, whose backend is the parameter."""
     meeting = (tmp_path / "store").as_uri()
-    distributed.init_process_group("nccl", init_method=meeting, rank=0, world_size=1)
+    distributed.init_process_group(request.param, init_method=meeting, rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
 
 
+@pytest.mark.usefixtures("only_process")
+@pytest.mark.parametrize("only_process", ["gloo"], indirect=True)
+@pytest.mark.parametrize("replica_first", [False, True])
+def test_a_replica_is_compiled_in_pieces_whatever_was_compiled_before(
+    replica_first: bool, compilations: CompileCounterWithBackend
+) -> None:
+    """One piece for each bucket of gradients, so that an exchange overlaps the next gradients."""
+    pieces = {}
+    for replicated in (replica_first, not replica_first):
+        network = build_model(
+            arch="san", sa_type=0, layers=[1, 1], widths=[256, 1024], kernels=[3, 3], classes=3
+        )
+        module = DistributedDataParallel(network, bucket_cap_mb=1) if replicated else network
+        before = compilations.frame_count
+        compile_network(module, {2}, cuda_graphs=True)(torch.randn(2, 3, 32, 32))
+        pieces[replicated] = compilations.frame_count - before
+    assert pieces[False] == 1
+    assert pieces[True] > 2
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("only_process")
+@pytest.mark.parametrize("only_process", ["nccl"], indirect=True)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("replicated", [False, True], ids=["itself", "replica"])
 @pytest.mark.parametrize("sa_type", [0, 1], ids=["pairwise", "patchwise"])
