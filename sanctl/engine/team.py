@@ -18,6 +18,7 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store,
 from torch.nn.parallel import DistributedDataParallel
 
 from sanctl.data.sampler import Share
+from sanctl.engine.remarks import overlook_remarks
 from sanctl.engine.store import done_key
 from sanctl.errors import UserError
 
@@ -149,6 +150,7 @@ class ProcessTeam(Team):
         Buffers are not exchanged at every step, as they are by default: in training, batch
         normalisation does not read them, so `share_buffers` before an evaluation does the same.
         """
+        overlook_remarks()
         with warnings.catch_warnings():
             # The name that replaces `broadcast_buffers` is newer than the oldest torch supported.
             warnings.simplefilter("ignore", FutureWarning)

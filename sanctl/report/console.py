@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Column
 
 from sanctl.errors import UserError
+from sanctl.report.streams import log_above_drawings
 
 Advance = Callable[..., None]
 """`advance(n=1)`: n more items are done."""
@@ -116,6 +117,7 @@ def _bar(description: str, total: int | None, console: Console) -> Iterator[Adva
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
         TimeElapsedColumn() if total is None else TimeRemainingColumn(elapsed_when_finished=True),
     )
+    log_above_drawings()
     with Progress(*columns, console=console, refresh_per_second=4, expand=True) as bar:
         task = bar.add_task(description, total=total)
 

@@ -16,6 +16,7 @@ from sanctl.report.console import clock, out
 from sanctl.report.records import EpochRecord, RankRecord, RunInfo, RunSummary, StepRecord
 from sanctl.report.reporter import Reporter
 from sanctl.report.runview import RunView
+from sanctl.report.streams import log_above_drawings
 
 SECONDS_BETWEEN_DRAWINGS = 0.25
 _KEPT_NOTES = 8
@@ -78,6 +79,7 @@ class TerminalReporter(Reporter):
         view.epochs = info.epochs
         view.epoch = info.first_epoch
         view.steps = info.steps_per_epoch
+        log_above_drawings()
         self._write(self._live.start)
         self.draw()
         self._thread.start()

@@ -1,7 +1,11 @@
 """What several processes compute together is what one computes alone."""
 
+import io
+import logging
 import signal
 import time
+import warnings
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +235,31 @@ def test_several_processes_compute_what_one_does(place: Place, size: int) -> Non
     resumed = open_without_batch_norm(place.config, stopped, ALONE, resume="auto")
     fit(resumed, FilesOnly(resumed))
     assert_same_run(stopped, place.folder / "alone")
+
+
+def remarks_on_a_replica(team: Team, _: StopRequest) -> tuple[str, list[str]]:
+    """What torch logs and warns of while a compiled replica takes a step and others are told."""
+    logged = io.StringIO()
+    dynamo = logging.getLogger("torch._dynamo")
+    replica = team.replicate(nn.Conv2d(3, 8, 1), CPU)
+    (weight,) = (weight for weight in replica.parameters() if weight.dim() == 4)
+    weight.register_hook(lambda gradient: gradient.as_strided((8, 3, 1, 1), (3, 1, 3, 3)))
+    compiled = torch.compile(replica, backend="aot_eager")
+    with warnings.catch_warnings(record=True) as warned, redirect_stderr(logged):
+        for handler in dynamo.handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setStream(logged)
+        compiled(torch.randn(2, 3, 4, 4)).sum().backward()
+        dynamo.warning("something else")
+        warnings.warn("something else", stacklevel=1)
+    return logged.getvalue(), [str(warning.message) for warning in warned]
+
+
+def test_what_torch_remarks_on_every_replica_is_left_out() -> None:
+    for logged, warned in run_team(2, remarks_on_a_replica):
+        assert len(logged.splitlines()) == 1
+        assert logged.rstrip().endswith("something else")
+        assert warned == ["something else"]
 
 
 def test_eight_processes_evaluate_every_image_once() -> None:

@@ -1,6 +1,7 @@
 """The run on a terminal: what stands on the screen, at several widths, and how it is drawn."""
 
 import io
+import logging
 import os
 import pty
 import re
@@ -99,6 +100,26 @@ def test_bars_and_figures_while_it_runs(play: Play, tmp_path: Path, width: int) 
     assert len(re.findall("^epoch .*ETA", shown[12, 5], re.MULTILINE)) == 1
     for text in shown.values():
         assert max(map(len, text.splitlines())) <= width
+
+
+def test_what_a_library_logs_appears_above_the_bars(play: Play, tmp_path: Path) -> None:
+    logger, handler = logging.getLogger("of.a.library"), logging.StreamHandler(sys.stderr)
+    logger.addHandler(handler)
+    terminal = Terminal()
+
+    def log(epoch: int, step: int) -> None:
+        if (epoch, step) == (1, 4):
+            terminal.look()
+            logger.warning("a remark")
+            text = terminal.look()
+            assert text.index("\na remark\n") < text.index("\nepoch 1/12")
+            assert len(re.findall("^(?:epoch|train) .*ETA", text, re.MULTILINE)) == 2
+
+    try:
+        play(terminal.reporter, tmp_path, at_step=log)
+    finally:
+        logger.removeHandler(handler)
+    assert "a remark" in terminal.screen().text()
 
 
 def test_the_evaluation_has_its_own_bar(play: Play, tmp_path: Path) -> None:
