@@ -154,6 +154,7 @@ class ProcessTeam(Team):
         with warnings.catch_warnings():
             # The name that replaces `broadcast_buffers` is newer than the oldest torch supported.
             warnings.simplefilter("ignore", FutureWarning)
+            # A static graph is no faster, eager or compiled: ops/NOTES.md, "The host".
             return DistributedDataParallel(
                 model,
                 device_ids=[device] if device.type == "cuda" else None,
