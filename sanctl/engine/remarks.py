@@ -1,9 +1,9 @@
-"""What torch remarks in every process that trains a replica, and nobody can act on."""
+"""What torch remarks in every process of a team, and nobody can act on."""
 
 import logging
 import warnings
 
-# Where a kernel is 1 x 1, strides that differ mean the same places in memory.
+# Of replicas: where a kernel is 1 x 1, strides that differ mean the same places in memory.
 _STRIDES = "Grad strides do not match bucket view strides"
 _LOGGED = (
     "Profiler record function",  # marks of replicas for a profiler, which compiling leaves out

@@ -122,6 +122,7 @@ class ProcessTeam(Team):
 
     def __init__(self, place: Team, store: Store, backend: str, timeout: timedelta) -> None:
         super().__init__(place.rank, place.size, place.local_size)
+        overlook_remarks()
         self._store = store
         timeout += _PATIENCE
         dist.init_process_group(
@@ -150,7 +151,6 @@ class ProcessTeam(Team):
         Buffers are not exchanged at every step, as they are by default: in training, batch
         normalisation does not read them, so `share_buffers` before an evaluation does the same.
         """
-        overlook_remarks()
         with warnings.catch_warnings():
             # The name that replaces `broadcast_buffers` is newer than the oldest torch supported.
             warnings.simplefilter("ignore", FutureWarning)

@@ -255,7 +255,7 @@ def remarks_on_a_replica(team: Team, _: StopRequest) -> tuple[list[str], list[st
     return logged.getvalue().splitlines(), [str(warning.message) for warning in warned]
 
 
-def test_what_torch_remarks_on_every_replica_is_left_out() -> None:
+def test_what_torch_remarks_in_every_process_is_left_out() -> None:
     for logged, warned in run_team(2, remarks_on_a_replica):
         assert len(logged) == 2
         assert all(line.endswith("something else") for line in logged)
