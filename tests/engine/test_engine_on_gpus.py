@@ -2,12 +2,13 @@
 
 import signal
 import subprocess
-import sys
 import time
+from contextlib import AbstractContextManager
 
 import pandas as pd
 import pytest
 import torch
+from process_session import python
 from team_run import free_port
 from tiny_run import Place, environment
 
@@ -24,21 +25,17 @@ EXACT = ("TRAIN.deterministic=true", "TRAIN.workers=2")
 GENTLE = ("TRAIN.epochs=1", "TRAIN.base_lr=0.0001", "TRAIN.batch_size=6")
 
 
-def start(place: Place, command: str, *keys: str, exp: str) -> "subprocess.Popen[str]":
+def start(
+    place: Place, command: str, *keys: str, exp: str
+) -> AbstractContextManager["subprocess.Popen[str]"]:
     options = [part for key in (*keys, f"TRAIN.save_path=exp/{exp}") for part in ("-o", key)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "sanctl", *command.split(), *options],
-        cwd=place.folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    arguments = "-m", "sanctl", *command.split(), *options
+    return python(*arguments, folder=place.folder, variables=environment())
 
 
 def run(place: Place, command: str, *keys: str, exp: str) -> str:
-    process = start(place, command, *keys, exp=exp)
-    out, err = process.communicate(timeout=300)
+    with start(place, command, *keys, exp=exp) as process:
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return out
 
@@ -51,14 +48,14 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(place: Place) -> None:
     keys = (*EXACT, "TRAIN.epochs=40", "TRAIN.save_every_steps=1", "TRAIN.ema_decay=0.9")
     train = "train shapes tiny --no-test --gpus 0"
     run(place, train, *keys, exp="whole")
-    stopped = start(place, train, *keys, exp="stopped")
     table = place.folder / "exp" / "stopped" / "metrics.csv"
     deadline = time.monotonic() + 120
-    while not table.exists() or len(table.read_text().splitlines()) < 5:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    stopped.send_signal(signal.SIGTERM)
-    stopped.communicate(timeout=120)
+    with start(place, train, *keys, exp="stopped") as stopped:
+        while not table.exists() or len(table.read_text().splitlines()) < 5:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        stopped.send_signal(signal.SIGTERM)
+        stopped.communicate(timeout=120)
     assert stopped.returncode == 143
     run(place, f"{train} --resume auto", *keys, exp="stopped")
     assert table.read_bytes() == (place.folder / "exp" / "whole" / "metrics.csv").read_bytes()
@@ -92,13 +89,14 @@ def test_a_compiled_run_on_two_machines_gives_what_one_that_is_not_does(place: P
     for exp, switch in (("eager", "false"), ("compiled", "true")):
         meeting = f"--nnodes 2 --rdzv-endpoint 127.0.0.1:{free_port()}"
         train = f"train shapes tiny --no-test --gpus 0 {meeting}"
-        machines = [
-            start(place, f"{train} --node-rank {rank}", *keys, f"TRAIN.compile={switch}", exp=exp)
-            for rank in (0, 1)
-        ]
-        for machine in machines:
-            _, err = machine.communicate(timeout=300)
-            assert machine.returncode == 0, err
+        same = (*keys, f"TRAIN.compile={switch}")
+        with (
+            start(place, f"{train} --node-rank 0", *same, exp=exp) as first,
+            start(place, f"{train} --node-rank 1", *same, exp=exp) as second,
+        ):
+            for machine in (first, second):
+                _, err = machine.communicate(timeout=300)
+                assert machine.returncode == 0, err
     eager, compiled = (metrics(place, exp).filter(like="loss") for exp in ("eager", "compiled"))
     assert len(eager) == 6
     pd.testing.assert_frame_equal(eager, compiled, rtol=2e-3)
